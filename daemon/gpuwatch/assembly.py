@@ -1,0 +1,91 @@
+"""Builds the straight line from the settings: which eyes, hands and voices this host has; runs nothing."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from gpuwatch import clock, config, notify, rules, servers, sources
+from gpuwatch.cycle import Cycle, Parts
+from gpuwatch.errors import StoreError
+from gpuwatch.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from gpuwatch.config import Settings
+    from gpuwatch.sources.recording import Recording
+
+DATABASE: Final = "gpuwatch.db"
+_LOOKBACK_MS: Final = 300_000
+_SPARE_MS: Final = 10_000
+
+
+def load(path: Path | None) -> tuple[Settings, tuple[rules.CompiledGroup, ...]]:
+    """Settings and compiled rules; ConfigError or RuleError with places."""
+    settings = config.load_settings(path)
+    return settings, compile_rules(settings)
+
+
+def compile_rules(settings: Settings) -> tuple[rules.CompiledGroup, ...]:
+    """The rule files of the settings, checked; ConfigError or RuleError with places."""
+    return rules.compile_groups(config.load_rules(config.rule_paths(settings)))
+
+
+def for_recording(settings: Settings) -> Settings:
+    """A recording holds one server; without a configured one it is called vllm."""
+    named = settings.servers[:1] or [config.ServerSettings(name="vllm")]
+    return msgspec.structs.replace(settings, servers=named)
+
+
+def open_store(settings: Settings, groups: Sequence[rules.CompiledGroup]) -> Store:
+    """The database in the state folder; StoreError if it cannot be used."""
+    try:
+        settings.state_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"state folder {settings.state_dir}: {error.strerror}; create it or set state_dir"
+        raise StoreError(message) from error
+    return Store(settings.state_dir / DATABASE, window_ms=window_ms(groups))
+
+
+def window_ms(groups: Sequence[rules.CompiledGroup]) -> int:
+    """How much of the past the rules look at, and so must be in memory."""
+    return max([_LOOKBACK_MS, *(group.window_ms for group in groups)]) + _SPARE_MS
+
+
+def cycle(
+    settings: Settings,
+    groups: Sequence[rules.CompiledGroup],
+    store: Store,
+    started_at_ms: int,
+    recording: Recording | None = None,
+    *,
+    voices: Mapping[str, notify.Notifier] | None = None,
+) -> Cycle:
+    """The straight line of this host, or of a recorded one; `voices` replaces the settings' receivers."""
+    hands: Mapping[str, servers.Supervisor]
+    if recording:
+        name = settings.servers[0].name
+        eyes, hands = recording.sources(name), {name: servers.PlayedSupervisor(recording.has_server_process)}
+    else:
+        eyes = sources.of_host(settings)
+        hands = {
+            s.name: servers.supervisor_of(s, settings.state_dir) for s in settings.servers if s.supervisor
+        }
+    return Cycle(
+        Parts(
+            settings=settings,
+            store=store,
+            sources=eyes,
+            groups=groups,
+            supervisors=hands,
+            notifiers=notify.of_settings(settings.receivers, clock.SystemClock())
+            if voices is None
+            else voices,
+            started_at_ms=started_at_ms,
+            jitter=random.random,
+        )
+    )

@@ -1,0 +1,391 @@
+"""The one tree of settings, each with its unit, its default and the reason; read once, never changed."""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from gpuwatch.config.document import Document, PathKey, dotted, load_document
+from gpuwatch.errors import ConfigError
+from gpuwatch.records import Mode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_UNIT_MS: Final = {
+    "ms": 1,
+    "s": 1000,
+    "m": 60_000,
+    "h": 3_600_000,
+    "d": 86_400_000,
+    "w": 604_800_000,
+    "y": 31_536_000_000,
+}
+_DURATION: Final = re.compile(r"(?:\d+(?:ms|[smhdwy]))+")
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+_PLACEHOLDERS: Final[dict[str, object]] = {"command": ["placeholder"], "match": {}}
+
+
+class Duration(int):
+    """Milliseconds; written as Prometheus does: `500ms`, `30s`, `1h30m`."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, text: object) -> Duration:
+        """ValueError unless `text` is a Prometheus duration."""
+        if text in {"0", 0}:
+            return cls(0)
+        if not isinstance(text, str) or not _DURATION.fullmatch(text):
+            message = f"{text!r} is no duration; write 500ms, 30s, 5m or 1h30m"
+            raise ValueError(message)
+        parts = re.findall(r"(\d+)(ms|[smhdwy])", text)
+        return cls(sum(int(number) * _UNIT_MS[unit] for number, unit in parts))
+
+    def __str__(self) -> str:
+        """The shortest way to write it."""
+        rest, text = int(self), ""
+        for unit in ("d", "h", "m", "s", "ms"):
+            count, rest = divmod(rest, _UNIT_MS[unit])
+            text += f"{count}{unit}" if count else ""
+        return text or "0s"
+
+
+class _Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class SourceSettings(_Struct, frozen=True, kw_only=True):
+    """How often each source is read."""
+
+    nvml_interval: Duration = Duration(1000)
+    """A full reading of one H200 takes 10 ms; PCIe throughput, which takes 20 ms more, is not read."""
+    host_interval: Duration = Duration(1000)
+    metrics_interval: Duration = Duration(2000)
+    """vLLM renders a 46 KB page each time."""
+    health_interval: Duration = Duration(1000)
+
+
+class ProcessSettings(_Struct, frozen=True, kw_only=True):
+    """A server run as a plain process, for hosts without systemd. gpuwatch adopts it, never owns it."""
+
+    command: list[str]
+    """Program and arguments; no shell."""
+    cwd: Path = Path("/")
+    env: dict[str, str] = {}
+    """Added to the daemon's own environment."""
+    log_file: Path | None = None
+    """Standard output and error; default: `process-NAME.log` in the state folder."""
+    stop_timeout: Duration = Duration(30_000)
+    """From TERM to KILL of the whole process group; longer than vLLM's --shutdown-timeout."""
+
+
+class SupervisorSettings(_Struct, frozen=True, kw_only=True):
+    """Who starts and stops the server: exactly one of these."""
+
+    systemd: str | None = None
+    """A unit name such as `vllm.service`."""
+    process: ProcessSettings | None = None
+
+
+class ServerSettings(_Struct, frozen=True, kw_only=True):
+    """A vLLM server on this host."""
+
+    name: str
+    url: str = "http://127.0.0.1:8000"
+    """Where `/health` and `/metrics` are; loopback, since vLLM guards neither with its API key."""
+    supervisor: SupervisorSettings | None = None
+    """Without one gpuwatch watches and tells, and cannot restart."""
+    start_deadline: Duration = Duration(900_000)
+    """A start that takes longer is a failure. Loading a large model takes minutes."""
+
+
+class BudgetSettings(_Struct, frozen=True, kw_only=True):
+    """How many remediations a server may have in a span, successful ones counted too."""
+
+    count: int = 3
+    per: Duration = Duration(3_600_000)
+
+
+class RemediationSettings(_Struct, frozen=True, kw_only=True):
+    """How far gpuwatch may go by itself."""
+
+    mode: Mode = Mode.OBSERVE
+    """observe: say what it would do. approve: ask first. auto: do it."""
+    cooldown: Duration = Duration(300_000)
+    """Rest after a remediation of a server, so that its effect is seen before the next decision."""
+    budget: BudgetSettings = BudgetSettings()
+    verify_for: Duration = Duration(30_000)
+    """The alert must stay away and the server healthy this long before it counts as helped."""
+    step_within: Duration = Duration(900_000)
+    """Deadline of a step; a restart includes loading the model."""
+    just_started_grace: Duration = Duration(60_000)
+    """No action this long after gpuwatch's own start: what it knows may be old."""
+    approval_expires: Duration = Duration(1_800_000)
+    """An approval asked for and not given lapses; the world has moved on."""
+
+
+class Policy(_Struct, frozen=True, kw_only=True):
+    """Alerts whose labels equal `match` get these steps; the first policy that matches decides."""
+
+    name: str
+    match: dict[str, str]
+    """Label values that must be equal; `alertname` is a label."""
+    steps: list[str] = []
+    """Of: restart. None means: tell people, touch nothing."""
+    mode: Mode | None = None
+    """Stricter or looser than `remediation.mode` for these alerts."""
+
+
+DEFAULT_POLICIES: Final = [
+    Policy(name="restart", match={"remediation": "restart"}, steps=["restart"]),
+    Policy(name="tell", match={"remediation": "none"}, steps=[]),
+]
+
+
+class SlackSettings(_Struct, frozen=True, kw_only=True):
+    """A Slack incoming webhook."""
+
+    url_file: Path
+    """A file that holds the webhook's URL, which is a secret."""
+
+
+class DingTalkSettings(_Struct, frozen=True, kw_only=True):
+    """A DingTalk custom robot with signing."""
+
+    url_file: Path
+    """A file that holds the robot's URL with its access_token, which is a secret."""
+    secret_file: Path | None = None
+    """A file that holds the signing secret (`SEC…`)."""
+    at_mobiles: list[str] = []
+    """Who is mentioned when a person is needed."""
+
+
+class ReceiverSettings(_Struct, frozen=True, kw_only=True):
+    """Somebody who is told: exactly one kind."""
+
+    name: str
+    slack: SlackSettings | None = None
+    dingtalk: DingTalkSettings | None = None
+    lang: str = "en"
+    """en or zh."""
+
+
+class Settings(_Struct, frozen=True, kw_only=True):
+    """The whole configuration."""
+
+    state_dir: Path = Path("/var/lib/gpuwatch")
+    """The database, and state files of supervised processes."""
+    host: str = ""
+    """How this host is called in messages; default: its host name."""
+    rules: list[Path] = []
+    """Rule files or folders of them; default: the rules that gpuwatch ships."""
+    retention: Duration = Duration(86_400_000)
+    """Samples older than this are deleted."""
+    lang: str = "en"
+    """Language of the command line: en or zh."""
+    sources: SourceSettings = SourceSettings()
+    servers: list[ServerSettings] = []
+    remediation: RemediationSettings = RemediationSettings()
+    policies: list[Policy] = msgspec.field(default_factory=lambda: list(DEFAULT_POLICIES))
+    receivers: list[ReceiverSettings] = []
+
+
+@dataclass(frozen=True, slots=True)
+class _Trouble:
+    path: PathKey
+    what: str
+
+
+def load_settings(path: Path | None) -> Settings:
+    """Decode a settings file; None gives the defaults. ConfigError carries every mistake found."""
+    document = load_document(path) if path else Document(file="defaults")
+    value = {} if document.value is None else document.value
+    settings = _decode(value, document)
+    if settings is not None:
+        for trouble in _troubles(settings):
+            document.mistake(trouble.path, trouble.what)
+    if settings is None or document.mistakes:
+        raise ConfigError(document.mistakes)
+    return settings if settings.host else msgspec.structs.replace(settings, host=socket.gethostname())
+
+
+def rule_paths(settings: Settings) -> list[Path]:
+    """The rule files to load, in order; the shipped ones when none are named."""
+    named = settings.rules or [shipped_rules()]
+    files: list[Path] = []
+    for path in named:
+        files += sorted(path.glob("*.y*ml")) if path.is_dir() else [path]
+    return files
+
+
+def with_rules(settings: Settings, paths: Sequence[Path]) -> Settings:
+    """The same settings with these rule files instead, if any are given."""
+    return msgspec.structs.replace(settings, rules=list(paths)) if paths else settings
+
+
+def shipped_rules() -> Path:
+    """The folder of the rules that come with gpuwatch, installed or in a checkout."""
+    installed = Path(str(importlib.resources.files("gpuwatch"))) / "_rules"
+    return installed if installed.is_dir() else Path(__file__).parents[3] / "rules"
+
+
+def shown(settings: Settings) -> dict[str, Any]:
+    """The effective settings as plain values, for people; files that hold secrets show as paths only."""
+    plain: dict[str, Any] = msgspec.to_builtins(settings, enc_hook=str, builtin_types=())
+    return plain
+
+
+def _decode(value: object, document: Document) -> Settings | None:
+    """Convert, noting each mistake and mending its cause, until it converts or cannot."""
+    seen: set[tuple[PathKey, str]] = set()
+    while True:
+        try:
+            return msgspec.convert(value, Settings, strict=True, dec_hook=_decode_hook)
+        except msgspec.ValidationError as error:
+            path, what, missing = _read_error(str(error), value)
+            if (path, what) in seen:
+                return None
+            seen.add((path, what))
+            document.mistake(path, what)
+            if not _mend(value, path, missing):
+                return None
+
+
+def _decode_hook(kind: type, value: object) -> object:
+    if kind is Duration:
+        return Duration.parse(value)
+    if kind is Path:
+        if isinstance(value, str) and value:
+            return Path(value)
+        message = f"{value!r} is no path"
+        raise ValueError(message)
+    raise NotImplementedError(kind)
+
+
+def _read_error(text: str, value: object) -> tuple[PathKey, str, str]:
+    """Take msgspec's `what - at `$.a[0].b`` apart: path, what, and the missing key if that is it."""
+    what, _, where = text.partition(" - at ")
+    path = _parse_path(where.strip("`"), value)
+    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", what)
+    if unknown:
+        return (*path, unknown[1]), "unknown key" + _suggestion(unknown[1], path), ""
+    missing = re.fullmatch(r"Object missing required field `(.*)`", what)
+    if missing:
+        return path, f"has no {missing[1]!r}, which it needs", missing[1]
+    if what.startswith("Invalid enum value"):
+        return path, f"{_found(value, path)!r} is none of {', '.join(Mode)}", ""
+    found = f"; found {_found(value, path)!r}" if "Expected" in what else ""
+    return path, what.replace("`", "") + found, ""
+
+
+def _parse_path(where: str, value: object) -> PathKey:
+    """`$.servers[0].name` as a path; msgspec writes `[...]` for a value of a mapping."""
+    path: PathKey = ()
+    for name, index in re.findall(r"\.([^.\[\]]+)|\[([^\]]*)\]", where):
+        if name:
+            path = (*path, name)
+        elif index.isdigit():
+            path = (*path, int(index))
+        elif isinstance(mapping := _found(value, path), dict) and mapping:
+            culprit = next((k for k, v in mapping.items() if not isinstance(v, str)), next(iter(mapping)))
+            path = (*path, culprit)
+    return path
+
+
+def _found(value: object, path: PathKey) -> object:
+    for part in path:
+        try:
+            value = value[part]  # type: ignore[index]  # the path came from this very value
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+def _suggestion(key: str, path: PathKey) -> str:
+    known: set[str] = set()
+    for struct in _Struct.__subclasses__():
+        known.update(struct.__struct_fields__)
+    import difflib  # noqa: PLC0415 (a quarter of a MiB, for mistakes alone)
+
+    close = difflib.get_close_matches(key, sorted(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f" of {dotted(path)[:-2] or 'the file'}"
+
+
+def _mend(value: object, path: PathKey, missing: str) -> bool:
+    """Put something harmless where the mistake stands, so that the rest can be checked; False if it can't."""
+    parent = _found(value, path if missing else path[:-1])
+    if isinstance(parent, dict) and missing:
+        parent[missing] = _PLACEHOLDERS.get(missing, "placeholder")
+    elif isinstance(parent, dict) and path:
+        parent.pop(path[-1], None)
+    elif isinstance(parent, list) and isinstance(path[-1], int):
+        parent[path[-1]] = "placeholder"
+    else:
+        return False
+    return True
+
+
+def _troubles(settings: Settings) -> list[_Trouble]:
+    """What types cannot say."""
+    found = [*_name_troubles(settings), *_server_troubles(settings), *_receiver_troubles(settings)]
+    for i, policy in enumerate(settings.policies):
+        found += [
+            _Trouble(("policies", i, "steps"), f"unknown step {step!r}; known: restart")
+            for step in policy.steps
+            if step != "restart"
+        ]
+    intervals = settings.sources.__struct_fields__
+    found += [
+        _Trouble(("sources", name), "must be at least 100ms")
+        for name in intervals
+        if getattr(settings.sources, name) < 100
+    ]
+    if settings.remediation.budget.count < 1:
+        found.append(_Trouble(("remediation", "budget", "count"), "must be 1 or more; use mode: observe"))
+    if settings.lang not in {"en", "zh"}:
+        found.append(_Trouble(("lang",), f"{settings.lang!r} is not en or zh"))
+    return found
+
+
+def _name_troubles(settings: Settings) -> list[_Trouble]:
+    found = []
+    named = {"servers": [s.name for s in settings.servers], "receivers": [r.name for r in settings.receivers]}
+    for key, names in named.items():
+        for i, name in enumerate(names):
+            if not _NAME.fullmatch(name):
+                found.append(_Trouble((key, i, "name"), f"{name!r}: use letters, digits, . _ -"))
+            if name in names[:i]:
+                found.append(_Trouble((key, i, "name"), f"{name!r} is there already"))
+    return found
+
+
+def _server_troubles(settings: Settings) -> list[_Trouble]:
+    found = []
+    for i, server in enumerate(settings.servers):
+        if not re.match(r"https?://[^/]", server.url):
+            found.append(_Trouble(("servers", i, "url"), f"{server.url!r} is no http URL"))
+        supervisor = server.supervisor
+        if supervisor and (supervisor.systemd is None) == (supervisor.process is None):
+            found.append(_Trouble(("servers", i, "supervisor"), "needs exactly one of systemd, process"))
+        if supervisor and supervisor.systemd and not supervisor.systemd.endswith(".service"):
+            found.append(_Trouble(("servers", i, "supervisor", "systemd"), "must end in .service"))
+        if supervisor and supervisor.process and not supervisor.process.command:
+            found.append(_Trouble(("servers", i, "supervisor", "process", "command"), "is empty"))
+    return found
+
+
+def _receiver_troubles(settings: Settings) -> list[_Trouble]:
+    found = []
+    for i, receiver in enumerate(settings.receivers):
+        if (receiver.slack is None) == (receiver.dingtalk is None):
+            found.append(_Trouble(("receivers", i), "needs exactly one of slack, dingtalk"))
+        if receiver.lang not in {"en", "zh"}:
+            found.append(_Trouble(("receivers", i, "lang"), f"{receiver.lang!r} is not en or zh"))
+    return found

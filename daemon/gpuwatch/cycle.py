@@ -1,0 +1,497 @@
+"""The straight line: collect, judge, decide, act, tell; and the list of jobs that walk it.
+
+Collecting goes on beside it, a job a source. Everything after that is `tick`, one thread, one
+transaction: what changed is saved first, then done. Nothing here waits, reads a clock or knows SQL.
+
+| to find where … is decided        | look in                 |
+|-----------------------------------|-------------------------|
+| what a reading is                 | `sources`               |
+| whether a server is down          | `servers.phase`         |
+| whether an alert fires            | `rules`                 |
+| whether something is done, what   | `remediation.planner`   |
+| why nothing is done               | `remediation.blockers`  |
+| how far a remediation has come    | `remediation.machine`   |
+| what people are told, when        | `notify`                |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from gpuwatch import notify, remediation, rules, servers
+from gpuwatch.errors import NotifyError, ServerError, SourceError, StoreError
+from gpuwatch.records import (
+    LIVE_PHASES,
+    STALE,
+    Alert,
+    AlertState,
+    Labels,
+    Mode,
+    Plan,
+    Refusal,
+    Remediation,
+    Sample,
+    ServerPhase,
+    ServerState,
+    Step,
+    SupervisorPhase,
+    SupervisorState,
+    Transition,
+)
+from gpuwatch.store import Changes
+from gpuwatch.troubles import Troubles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from gpuwatch.config import ServerSettings, Settings
+    from gpuwatch.sources import Source
+    from gpuwatch.store import Store
+
+log = logging.getLogger(__name__)
+
+TICK_MS: Final = 1000
+_FIRST_READ_WAIT_MS: Final = 15_000
+_JUMP_MS: Final = 60_000
+_PRUNE_MS: Final = 600_000
+_HEALTH_LOOKBACK_MS: Final = 15_000
+_MESSAGES_A_TURN: Final = 10
+_HISTORY: Final = 100
+_UNKNOWN: Final = SupervisorState(phase=SupervisorPhase.UNKNOWN)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Something to run every `every_ms`, handed the time. `worker` jobs may take long beside the others."""
+
+    name: str
+    every_ms: int
+    run: Callable[[int], object]
+    worker: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What the straight line is made of; `receivers` and `supervisors` by name."""
+
+    settings: Settings
+    store: Store
+    sources: Sequence[Source]
+    groups: Sequence[rules.CompiledGroup]
+    supervisors: Mapping[str, servers.Supervisor]
+    notifiers: Mapping[str, notify.Notifier]
+    started_at_ms: int
+    jitter: Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What one tick saw and did; `summary` is the sentence of the log and of systemd's STATUS."""
+
+    at_ms: int
+    summary: str
+    transitions: Sequence[Transition] = ()
+    remediations: Sequence[Remediation] = ()
+    refusals: Sequence[Refusal] = ()
+
+
+@dataclass(slots=True)
+class _Judged:
+    servers: dict[str, ServerState]
+    alerts: list[Alert] = field(default_factory=list)
+    transitions: list[Transition] = field(default_factory=list)
+    ended: list[Alert] = field(default_factory=list)
+
+    @property
+    def firing(self) -> list[Alert]:
+        return [a for a in self.alerts if a.state is AlertState.FIRING]
+
+
+class Cycle:
+    """The daemon's work, apart from when it is run and where its parts come from."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.store = parts.store
+        self.settings = parts.settings
+        self.limits = remediation.Limits.of(parts.settings.remediation)
+        self.last_tick_ms = parts.started_at_ms
+        self.jumped_at_ms: int | None = None
+        self.last_report = Report(at_ms=parts.started_at_ms, summary="starting")
+        self._unread = {source.name for source in parts.sources}
+        self._series: dict[str, set[Labels]] = {}
+        self._supervision: dict[str, SupervisorState] = {}
+        self._slots: dict[str, int] = {}
+        self.troubles = Troubles()
+
+    def jobs(self) -> list[Job]:
+        """The schedule as data."""
+        jobs = [Job(f"collect:{s.name}", s.interval_ms, partial(self.collect, s)) for s in self.parts.sources]
+        jobs += [
+            Job(f"observe:{name}", TICK_MS, partial(self.observe, name)) for name in self.parts.supervisors
+        ]
+        jobs += [Job("tick", TICK_MS, self.tick, worker=False)]
+        jobs += [Job(f"tell:{name}", TICK_MS, partial(self.tell, name)) for name in self.parts.notifiers]
+        return [*jobs, Job("prune", _PRUNE_MS, self.prune)]
+
+    def take_over(self, old: Cycle) -> None:
+        """Go on where the cycle of the old settings stood, so that a reload is no restart."""
+        self.last_tick_ms = old.last_tick_ms
+        self.jumped_at_ms = old.jumped_at_ms
+        self.last_report = old.last_report
+        self._series = old._series
+        self._supervision = old._supervision
+
+    # -- collect ---------------------------------------------------------------------------------
+
+    def collect(self, source: Source, now_ms: int) -> None:
+        """Read one source into the store; a series it no longer gives ends here."""
+        name, _, server = source.name.partition(":")
+        try:
+            samples, up = source.read(now_ms), 1.0
+            self.troubles.say(source.name, "")
+        except SourceError as error:
+            samples, up = [], 0.0
+            self.troubles.say(source.name, str(error))
+        present = {sample.labels for sample in samples}
+        ended = self._series.get(source.name, set()) - present
+        self._series[source.name] = present
+        self.store.append(
+            [
+                *samples,
+                *(Sample(labels, now_ms, STALE) for labels in ended),
+                Sample(Labels.of("up", source=name, server=server), now_ms, up),
+            ]
+        )
+        self._unread.discard(source.name)
+
+    def observe(self, name: str, now_ms: int) -> None:
+        """Ask a server's supervisor what it sees."""
+        try:
+            self._supervision[name] = self.parts.supervisors[name].observe(now_ms)
+            self.troubles.say(f"supervisor of {name}", "")
+        except ServerError as error:
+            self._supervision[name] = SupervisorState(phase=SupervisorPhase.UNKNOWN, detail=str(error))
+            self.troubles.say(f"supervisor of {name}", str(error))
+
+    # -- tick: judge, decide, act ----------------------------------------------------------------
+
+    def tick(self, now_ms: int) -> Report:
+        """Judge, decide, save what changed in one transaction, then act."""
+        self._notice_jump(now_ms)
+        if self._unread and now_ms - self.parts.started_at_ms < _FIRST_READ_WAIT_MS:
+            return self.last_report  # judging what was not yet read would end alerts that go on
+        wishes = remediation.Wishes.of(self.store.settings())
+        judged = self._judge(now_ms)
+        decisions, begun = self._decide(judged, wishes, now_ms)
+        advanced, asks = self._advance(judged, begun, wishes, now_ms)
+        refusals = [decision for decision in decisions.values() if isinstance(decision, Refusal)]
+        messages = self._words(judged, decisions, advanced, now_ms)
+        self._append_own_samples(now_ms)
+        self.store.save(
+            Changes(
+                alerts=judged.alerts,
+                ended=judged.ended,
+                transitions=judged.transitions,
+                servers=tuple(judged.servers.values()),
+                remediations=advanced,
+                notifications=notify.outbox(messages, self.parts.notifiers, now_ms),
+                refusals=refusals,
+                settings={
+                    k: v
+                    for r in advanced
+                    if not _live(r)
+                    for k, v in remediation.wishes.forgotten(r.plan.id).items()
+                },
+            ),
+            now_ms,
+        )
+        self._act(asks, now_ms)
+        self.last_report = self._report(judged, advanced, refusals, now_ms)
+        return self.last_report
+
+    def _judge(self, now_ms: int) -> _Judged:
+        """Which phase each server is in, and which alerts are active."""
+        judged = _Judged(servers=self._judge_servers(now_ms))
+        active = self.store.active_alerts()
+        kept = {_identity(a): a for a in active}
+        transitions = [
+            Transition(alert=a, was=a.state, now=None, at_ms=now_ms)
+            for a in rules.orphans(self.parts.groups, active)
+        ]
+        for group in self.parts.groups:
+            if self._is_due(group, now_ms):
+                evaluation = rules.evaluate(group, self.store, active, now_ms)
+                self.store.append(evaluation.samples)
+                failures = {str(failure.rule): failure.what for failure in evaluation.failures}
+                self.troubles.say_all(f"rule {group.name}/", failures)
+                transitions += evaluation.transitions
+                kept |= {_identity(a): a for a in evaluation.alerts}
+        judged.transitions = [_resolved_if_fired(t) for t in transitions]
+        judged.ended = [t.alert for t in judged.transitions if t.now in {None, AlertState.RESOLVED}]
+        for alert in judged.ended:
+            kept.pop(_identity(alert), None)
+        judged.alerts = list(kept.values())
+        return judged
+
+    def _judge_servers(self, now_ms: int) -> dict[str, ServerState]:
+        known = self.store.servers()
+        states = {}
+        for server in self.settings.servers:
+            was, health = known.get(server.name), self._health(server, now_ms)
+            if health is None:  # blind, which says nothing about the server: it stays as it was last seen
+                states[server.name] = was or _unseen(server.name, now_ms)
+                continue
+            states[server.name] = servers.judge(
+                was,
+                name=server.name,
+                supervisor=self._supervision.get(server.name, _UNKNOWN),
+                health=health,
+                now_ms=now_ms,
+                start_deadline_ms=server.start_deadline,
+            )
+            self.store.append(servers.samples(states[server.name]))
+        return states
+
+    def _health(self, server: ServerSettings, now_ms: int) -> servers.Health | None:
+        """The newest answer of `/health`; None if it was not asked of late."""
+        for labels, value in self.store.last("server_health_ok", now_ms, _HEALTH_LOOKBACK_MS).items():
+            if labels.get("server") == server.name:
+                return servers.Health.OK if value else servers.Health.FAILING
+        asked = self.store.last("server_health_timeout", now_ms, _HEALTH_LOOKBACK_MS)
+        is_asked = any(labels.get("server") == server.name for labels in asked)
+        return servers.Health.UNKNOWN if is_asked else None
+
+    def _decide(
+        self, judged: _Judged, wishes: remediation.Wishes, now_ms: int
+    ) -> tuple[dict[tuple[str, Labels], Plan | Refusal], list[Remediation]]:
+        """For each firing alert a plan, or why none."""
+        decisions: dict[tuple[str, Labels], Plan | Refusal] = {}
+        begun: list[Remediation] = []
+        for alert in judged.firing:
+            situation = self._situation(alert, judged, begun, wishes, now_ms)
+            decision = remediation.decide(situation, self.settings.remediation.mode)
+            decisions[_identity(alert)] = decision
+            if isinstance(decision, Plan):
+                begun.append(remediation.begin(decision, now_ms))
+        return decisions, begun
+
+    def _situation(
+        self,
+        alert: Alert,
+        judged: _Judged,
+        begun: Sequence[Remediation],
+        wishes: remediation.Wishes,
+        now_ms: int,
+    ) -> remediation.Situation:
+        server = self._server_of(alert, judged.servers)
+        policy = remediation.choose(self.settings.policies, alert)
+        mode = (policy.mode if policy else None) or self.settings.remediation.mode
+        name = server.name if server else ""
+        return remediation.Situation(
+            alert=alert,
+            policy=policy,
+            dry_run=mode is Mode.OBSERVE,
+            server=server,
+            has_supervisor=name in self.parts.supervisors,
+            history=[
+                *(r for r in begun if r.plan.server == name),
+                *self.store.remediations(name, limit=_HISTORY),
+            ],
+            limits=self.limits,
+            paused_until_ms=wishes.paused_until_ms,
+            resumed_at_ms=wishes.resumed_at_ms,
+            started_at_ms=self.parts.started_at_ms,
+            jumped_at_ms=self.jumped_at_ms,
+            now_ms=now_ms,
+        )
+
+    def _server_of(self, alert: Alert, states: Mapping[str, ServerState]) -> ServerState | None:
+        """The server that an alert speaks of: by its label, or the only one there is."""
+        name = alert.labels.get("server")
+        if name:
+            return states.get(name)
+        return next(iter(states.values())) if len(states) == 1 else None
+
+    def _advance(
+        self, judged: _Judged, begun: Iterable[Remediation], wishes: remediation.Wishes, now_ms: int
+    ) -> tuple[list[Remediation], list[tuple[Remediation, Step]]]:
+        """Every live remediation one cycle further, and what to ask of the servers."""
+        advanced, asks = [], []
+        for present in [*self.store.live_remediations(), *begun]:
+            moved, step = remediation.advance(present, self._seen(present, judged, wishes, now_ms), now_ms)
+            advanced.append(moved)
+            if step:
+                asks.append((moved, step))
+        return advanced, asks
+
+    def _seen(
+        self, r: Remediation, judged: _Judged, wishes: remediation.Wishes, now_ms: int
+    ) -> remediation.Seen:
+        word, by = wishes.words.get(r.plan.id, ("", ""))
+        server = judged.servers.get(r.plan.server)
+        if server is None or (r.plan.server not in self.parts.supervisors and not r.plan.dry_run):
+            word, by = "abort", "configuration"
+        return remediation.Seen(
+            server=server or _unseen(r.plan.server, now_ms),
+            alert_firing=any(_identity(a) == (r.plan.alert, r.plan.alert_labels) for a in judged.firing),
+            paused=wishes.paused_until_ms is not None and now_ms < wishes.paused_until_ms,
+            word=word,
+            by=by,
+            approval_expires_ms=self.settings.remediation.approval_expires,
+        )
+
+    def _act(self, asks: Iterable[tuple[Remediation, Step]], now_ms: int) -> None:
+        """Ask each step of its server; the intent is saved already."""
+        for r, step in asks:
+            try:
+                self.parts.supervisors[r.plan.server].do(step, since_ms=r.since_ms, now_ms=now_ms)
+                self.troubles.say(f"step {step.action} of {r.plan.id}", "")
+            except ServerError as error:
+                self.troubles.say(f"step {step.action} of {r.plan.id}", str(error))
+                if error.permanent:
+                    self._give_up(r, str(error), now_ms)
+            except Exception as error:  # noqa: BLE001
+                # An unexpected fault in a hand: touch this server no more until a person has looked.
+                self.troubles.bug(f"step {step.action} of {r.plan.id}", error)
+                self._give_up(r, f"internal error: {error!r}", now_ms)
+
+    def _give_up(self, r: Remediation, detail: str, now_ms: int) -> None:
+        failed = remediation.refused(r, detail, now_ms)
+        message = notify.about_remediation(failed, self.settings.host, now_ms)
+        rows = notify.outbox([message], self.parts.notifiers, now_ms)
+        self.store.save(Changes(remediations=[failed], notifications=rows), now_ms)
+
+    # -- tell ------------------------------------------------------------------------------------
+
+    def _words(
+        self,
+        judged: _Judged,
+        decisions: Mapping[tuple[str, Labels], Plan | Refusal],
+        advanced: Sequence[Remediation],
+        now_ms: int,
+    ) -> list[notify.Message]:
+        """What people are told of this tick."""
+        return notify.messages_of_tick(
+            transitions=judged.transitions,
+            decisions=decisions,
+            remediations=advanced,
+            before=self.store.live_remediations(),
+            host=self.settings.host,
+            now_ms=now_ms,
+        )
+
+    def tell(self, receiver: str, now_ms: int) -> None:
+        """Send what is due to one receiver, oldest first, as fast as it likes."""
+        notifier = self.parts.notifiers[receiver]
+        for _ in range(_MESSAGES_A_TURN):
+            state = notify.receiver_state(receiver, self.store.receivers().get(receiver))
+            sent_ms = self.store.sent_since(receiver, now_ms - notifier.pace.per_ms)
+            due = notify.next_due(state, self.store.unsent(receiver, limit=1), sent_ms, notifier.pace, now_ms)
+            if due is None:
+                return
+            try:
+                notifier.send(notify.message_of(due))
+                row, state = notify.after_success(due, state, now_ms)
+                self.troubles.say(f"receiver {receiver}", "")
+            except NotifyError as error:
+                row, state = notify.after_failure(due, state, error, now_ms, self.parts.jitter())
+                self.troubles.say(f"receiver {receiver}", str(error))
+            changes = Changes(notifications=[row], receivers={receiver: notify.state_json(state)})
+            self.store.save(changes, now_ms)
+
+    def prune(self, now_ms: int) -> None:
+        """Delete samples that are older than the settings keep, and give up news that is a day old."""
+        self.store.prune(now_ms, self.settings.retention)
+        for name in self.parts.notifiers:
+            rows = notify.expired(self.store.unsent(name, limit=1000), now_ms)
+            if rows:
+                self.store.save(Changes(notifications=rows), now_ms)
+
+    # -- the daemon's view of itself -------------------------------------------------------------
+
+    def guarded(self, job: Job, now_ms: int) -> None:
+        """Run a job; what it raises is logged once and counted, and the next run goes on."""
+        try:
+            job.run(now_ms)
+            self.troubles.say(f"job {job.name}", "")
+        except StoreError as error:
+            self.troubles.say(f"job {job.name}", str(error))
+        except Exception as error:  # noqa: BLE001 (a bug in one job must not end the watch)
+            self.troubles.bug(f"job {job.name}", error)
+
+    def _notice_jump(self, now_ms: int) -> None:
+        gap_ms = now_ms - self.last_tick_ms
+        if gap_ms > _JUMP_MS:
+            self.jumped_at_ms = now_ms
+            log.warning("time went on by %d s at once: the clock jumped or the host slept", gap_ms // 1000)
+        self.last_tick_ms = now_ms
+
+    def _is_due(self, group: rules.CompiledGroup, now_ms: int) -> bool:
+        slot = now_ms // group.interval_ms
+        if self._slots.get(str(group.place)) == slot:
+            return False
+        self._slots[str(group.place)] = slot
+        return True
+
+    def _append_own_samples(self, now_ms: int) -> None:
+        own: dict[Labels, float] = {
+            Labels.of("gpuwatch_rules_failing"): self.troubles.count("rule "),
+            Labels.of("gpuwatch_internal_errors_total"): self.troubles.internal_errors,
+        }
+        unsent = self.store.unsent_count()
+        rows = self.store.receivers()
+        for name in self.parts.notifiers:
+            state = notify.receiver_state(name, rows.get(name))
+            own[Labels.of("gpuwatch_receiver_broken", receiver=name)] = state.broken_since_ms is not None
+            own[Labels.of("gpuwatch_notifications_unsent", receiver=name)] = unsent.get(name, 0)
+        self.store.append([Sample(labels, now_ms, float(value)) for labels, value in own.items()])
+
+    def _report(
+        self,
+        judged: _Judged,
+        advanced: Sequence[Remediation],
+        refusals: Sequence[Refusal],
+        now_ms: int,
+    ) -> Report:
+        for t in judged.transitions:
+            if t.now in {AlertState.FIRING, AlertState.RESOLVED}:
+                log.info("alert %s %s %s", t.alert.rule, t.now, t.alert.labels)
+        before = {r.plan.id: r.phase for r in self.last_report.remediations}
+        for r in advanced:
+            if before.get(r.plan.id) is not r.phase:
+                dry = " (dry run)" if r.plan.dry_run else ""
+                log.info(
+                    "remediation %s %s%s %s", r.plan.id, r.phase, dry, f"server={r.plan.server} {r.outcome}"
+                )
+        return Report(
+            at_ms=now_ms,
+            summary=notify.summary(judged.servers.values(), judged.firing, advanced, refusals),
+            transitions=judged.transitions,
+            remediations=advanced,
+            refusals=refusals,
+        )
+
+
+def _identity(alert: Alert) -> tuple[str, Labels]:
+    return alert.rule, alert.labels
+
+
+def _unseen(name: str, now_ms: int) -> ServerState:
+    return ServerState(name=name, phase=ServerPhase.UNSEEN, since_ms=now_ms, seen_at_ms=now_ms)
+
+
+def _live(r: Remediation) -> bool:
+    return r.phase in LIVE_PHASES
+
+
+def _resolved_if_fired(t: Transition) -> Transition:
+    """An alert whose rule is gone ends as one that is over, so that people hear the end of it."""
+    if t.now is None and t.was is AlertState.FIRING:
+        alert = dataclasses.replace(t.alert, state=AlertState.RESOLVED, resolved_at_ms=t.at_ms)
+        return dataclasses.replace(t, alert=alert, now=AlertState.RESOLVED)
+    return t

@@ -1,0 +1,111 @@
+"""The hands: looks at a vLLM server through its supervisor and asks one step of it; never decides which.
+
+To add a supervisor, write `servers/x.py` with a class that has `observe` and `do`, and add one line
+to `SUPERVISORS`; `tests/contract/test_supervisors.py` says what it must keep to.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final, Protocol
+
+from gpuwatch.errors import ServerError
+from gpuwatch.servers.phase import Health, judge, samples
+from gpuwatch.servers.played import PlayedSupervisor
+from gpuwatch.servers.process import ProcessSupervisor
+from gpuwatch.servers.systemd import SystemdSupervisor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from gpuwatch.config import ServerSettings
+    from gpuwatch.records import Step, SupervisorState
+
+__all__ = [
+    "SUPERVISORS",
+    "Health",
+    "PlayedSupervisor",
+    "ProcessSupervisor",
+    "Supervisor",
+    "SystemdSupervisor",
+    "judge",
+    "process_of",
+    "samples",
+    "supervisor_of",
+]
+
+
+class Supervisor(Protocol):
+    """What keeps a server's process: systemd, or gpuwatch itself."""
+
+    def observe(self, now_ms: int) -> SupervisorState:
+        """One look, within 2 s; `started_at_ms` is the last start, also of a process that is gone.
+
+        Raises ServerError where the supervisor does not answer; `permanent` if it never will.
+        """
+        ...
+
+    def do(self, step: Step, *, since_ms: int, now_ms: int) -> None:
+        """Ask for a step, or help it on; never wait for it. Asked again until its effect is seen.
+
+        `restart`: what began before `since_ms` must go and one new process must come. Once one
+        began at or after `since_ms`, even if it died, and while a stop or a start is under way,
+        nothing more is asked. Raises ServerError.
+        """
+        ...
+
+
+def systemd_of(server: ServerSettings, state_dir: Path) -> SystemdSupervisor:  # noqa: ARG001 - as all makers
+    """The supervisor of a server whose settings name a systemd unit."""
+    if server.supervisor is None or server.supervisor.systemd is None:
+        raise ServerError(f"supervisor of {server.name}: its settings name no systemd unit", permanent=True)
+    return SystemdSupervisor(server.supervisor.systemd)
+
+
+def process_of(server: ServerSettings, state_dir: Path) -> ProcessSupervisor:
+    """The supervisor of a server whose settings give a command; ServerError if they give none."""
+    process = server.supervisor.process if server.supervisor else None
+    if process is None:
+        raise ServerError(
+            f"supervisor of {server.name}: its settings give no process.command", permanent=True
+        )
+    inherited = {name: value for name, value in os.environ.items() if name not in _OURS_ALONE}
+    return ProcessSupervisor(
+        name=server.name,
+        command=process.command,
+        state_dir=state_dir,
+        log_file=process.log_file or state_dir / f"process-{server.name}.log",
+        env=inherited | process.env,
+        cwd=process.cwd,
+        stop_timeout_ms=process.stop_timeout,
+    )
+
+
+def supervisor_of(server: ServerSettings, state_dir: Path) -> Supervisor:
+    """The supervisor that the settings choose, by `SUPERVISORS`."""
+    for kind, make in SUPERVISORS.items():
+        if getattr(server.supervisor, kind, None) is not None:
+            return make(server, state_dir)
+    raise ServerError(f"supervisor of {server.name}: its settings choose none", permanent=True)
+
+
+SUPERVISORS: Final[Mapping[str, Callable[[ServerSettings, Path], Supervisor]]] = {
+    "systemd": systemd_of,
+    "process": process_of,
+}
+"""What makes a supervisor of a server's settings, by the kind's key in `supervisor:`."""
+
+# What systemd gives to gpuwatch itself: a server must neither feed our watchdog nor read our secrets.
+_OURS_ALONE: Final = frozenset(
+    {
+        "NOTIFY_SOCKET",
+        "WATCHDOG_USEC",
+        "WATCHDOG_PID",
+        "CREDENTIALS_DIRECTORY",
+        "INVOCATION_ID",
+        "JOURNAL_STREAM",
+        "LISTEN_FDS",
+        "LISTEN_PID",
+    }
+)

@@ -1,0 +1,119 @@
+"""Where a vLLM server is in its life, from its health, its supervisor and what it was; pure.
+
+Rule 1: who answers 200 is SERVING.
+Rule 2: whose stop was asked for through its supervisor is STOPPED, until a new process comes.
+Rule 3: a single look without an answer changes nothing; none for 30 s on end is a failure.
+Rule 4: who was healthy and fails is DOWN at once; that a blip raises no alarm is the alert's `for`.
+Rule 5: DOWN lasts until healthy again. While a new process comes up, `starting_since_ms` says so,
+        until it dies or its start is overdue.
+Rule 6: a process that was never healthy is STARTING; when it dies, or its start is overdue, it is DOWN.
+Rule 7: never healthy and no process known is UNSEEN: not ours to call down.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Final
+
+from gpuwatch.records import Labels, Sample, ServerPhase, ServerState, SupervisorPhase, SupervisorState
+
+UNANSWERED_MS: Final = 30_000
+_UP: Final = frozenset({SupervisorPhase.ACTIVE, SupervisorPhase.ACTIVATING})
+_GONE: Final = frozenset({SupervisorPhase.INACTIVE, SupervisorPhase.FAILED, SupervisorPhase.AUTO_RESTART})
+
+
+class Health(enum.StrEnum):
+    """One look at vLLM's `GET /health`."""
+
+    OK = "ok"  # 200
+    FAILING = "failing"  # refused, reset, 503: the server says no
+    UNKNOWN = "unknown"  # timed out or not asked: nobody can tell
+
+
+def judge(
+    previous: ServerState | None,
+    *,
+    name: str,
+    supervisor: SupervisorState,
+    health: Health,
+    now_ms: int,
+    start_deadline_ms: int,
+) -> ServerState:
+    """The server now. `start_deadline_ms` is how long a start may take, from process to healthy."""
+    was = previous or ServerState(name=name, phase=ServerPhase.UNSEEN, since_ms=now_ms, seen_at_ms=now_ms)
+    began_ms = None if health is Health.OK else _start_began_ms(was, supervisor, now_ms)
+    overdue = began_ms is not None and now_ms - began_ms >= start_deadline_ms
+    unanswered_since_ms = (was.unanswered_since_ms or now_ms) if health is Health.UNKNOWN else None
+    silent = unanswered_since_ms is not None and now_ms - unanswered_since_ms >= UNANSWERED_MS
+    if health is Health.OK:
+        phase, reason = ServerPhase.SERVING, ""
+    elif supervisor.stop_asked:
+        phase, reason = ServerPhase.STOPPED, "its supervisor was asked to stop it"
+    elif health is Health.UNKNOWN and not silent:
+        phase, reason = was.phase, was.reason
+    else:
+        phase, reason = _failing(was, supervisor, starting=began_ms is not None, overdue=overdue)
+        if phase is ServerPhase.DOWN and silent:
+            reason = f"no answer for {UNANSWERED_MS // 1000} s"
+    return ServerState(
+        name=name,
+        phase=phase,
+        since_ms=was.since_ms if phase is was.phase else now_ms,
+        seen_at_ms=now_ms,
+        starting_since_ms=None if overdue else began_ms,
+        last_healthy_ms=now_ms if health is Health.OK else was.last_healthy_ms,
+        unanswered_since_ms=unanswered_since_ms,
+        supervisor=supervisor,
+        reason=reason,
+    )
+
+
+def samples(state: ServerState) -> list[Sample]:
+    """`server_down`, `server_phase` for every phase, and `server_start_seconds` while it starts."""
+    at_ms = state.seen_at_ms
+    down = float(state.phase is ServerPhase.DOWN)
+    made = [Sample(Labels.of("server_down", server=state.name), at_ms, down)]
+    made += [
+        Sample(Labels.of("server_phase", server=state.name, phase=phase), at_ms, float(state.phase is phase))
+        for phase in ServerPhase
+    ]
+    if state.starting_since_ms is not None:
+        seconds = (at_ms - state.starting_since_ms) / 1000
+        made.append(Sample(Labels.of("server_start_seconds", server=state.name), at_ms, seconds))
+    return made
+
+
+def _start_began_ms(was: ServerState, supervisor: SupervisorState, now_ms: int) -> int | None:
+    """When the process that is coming up began; None if none is, or it has been healthy already."""
+    if supervisor.phase in _GONE or supervisor.stop_asked:
+        return None
+    if supervisor.phase not in _UP:  # on its way down, or nobody can tell: as before
+        return was.starting_since_ms
+    began_ms = supervisor.started_at_ms if supervisor.pid is not None else None
+    if began_ms is None:
+        began_ms = now_ms if was.starting_since_ms is None else was.starting_since_ms
+    been_healthy = was.last_healthy_ms is not None and began_ms <= was.last_healthy_ms
+    return None if been_healthy else began_ms
+
+
+def _failing(
+    was: ServerState, supervisor: SupervisorState, *, starting: bool, overdue: bool
+) -> tuple[ServerPhase, str]:
+    """Rules 4 to 7: the phase and the reason of a server that is not healthy."""
+    gone = supervisor.phase in _GONE
+    if overdue:
+        return ServerPhase.DOWN, "its start is overdue"
+    if was.phase in {ServerPhase.SERVING, ServerPhase.DOWN}:
+        return ServerPhase.DOWN, f"its process is gone: {supervisor.detail}" if gone else "/health fails"
+    if starting:
+        return ServerPhase.STARTING, ""
+    if gone and _died_starting(was, supervisor):
+        return ServerPhase.DOWN, f"its process ended while starting: {supervisor.detail}"
+    return was.phase, was.reason
+
+
+def _died_starting(was: ServerState, supervisor: SupervisorState) -> bool:
+    """Tell a start that failed, seen or between two looks, from a server that rests."""
+    if was.phase is not ServerPhase.STOPPED:
+        return was.phase is ServerPhase.STARTING
+    return supervisor.started_at_ms is not None and supervisor.started_at_ms > was.since_ms

@@ -1,0 +1,79 @@
+"""Where samples come from: NVML, the host, vLLM's HTTP server, or a recording; decides nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from gpuwatch.sources.gpus import load_nvml
+from gpuwatch.sources.host import HostSource
+from gpuwatch.sources.nvml import NvmlSource, NvmlStaticSource
+from gpuwatch.sources.processes import PsutilNames
+from gpuwatch.sources.vllm import HealthSource, MetricsSource, local_session
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gpuwatch.config import Settings
+    from gpuwatch.records import Sample
+    from gpuwatch.sources.record import Recorder
+    from gpuwatch.sources.recording import Recording
+
+__all__ = [
+    "HealthSource",
+    "HostSource",
+    "MetricsSource",
+    "NvmlSource",
+    "NvmlStaticSource",
+    "PsutilNames",
+    "Source",
+    "load_nvml",
+    "local_session",
+    "of_host",
+    "open_recording",
+    "recorder",
+]
+
+
+class Source(Protocol):
+    """Gives every series it has at every read, so that one no longer given has ended."""
+
+    name: str
+    interval_ms: int
+
+    def read(self, now_ms: int) -> list[Sample]:
+        """Samples at `now_ms`, none of them NaN, no series twice; SourceError if the read failed.
+
+        A read takes a bounded time: NVML answers at once, HTTP has time-outs.
+        """
+        ...
+
+
+def of_host(settings: Settings) -> list[Source]:
+    """The sources of this host; SourceError if NVIDIA's Python binding is not installed."""
+    nvml, every = load_nvml(), settings.sources
+    eyes: list[Source] = [
+        NvmlSource(nvml, interval_ms=every.nvml_interval),
+        NvmlStaticSource(nvml),
+        HostSource(settings.state_dir, interval_ms=every.host_interval),
+    ]
+    for server in settings.servers:
+        eyes += [
+            MetricsSource(server.name, server.url, local_session(), interval_ms=every.metrics_interval),
+            HealthSource(server.name, server.url, local_session(), interval_ms=every.health_interval),
+        ]
+    return eyes
+
+
+def open_recording(path: Path) -> Recording:
+    """A recording at its first tick; SourceError if it is none."""
+    from gpuwatch.sources.recording import Recording  # noqa: PLC0415 (a daemon on a host needs none of it)
+
+    return Recording(path)
+
+
+def recorder(settings: Settings, path: Path) -> Recorder:
+    """A recorder of this host, closed by `with`; SourceError if the file exists."""
+    servers = {server.name: server.url for server in settings.servers}
+    from gpuwatch.sources.record import Recorder  # noqa: PLC0415 (a daemon on a host needs none of it)
+
+    return Recorder(path, load_nvml(), servers, state_dir=settings.state_dir)

@@ -1,0 +1,40 @@
+"""Every metric that gpuwatch makes itself, with kind, help and labels; vLLM's own stay as they are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from gpuwatch.records import Metric, MetricKind
+from gpuwatch.sources import host, nvml, recorded, vllm
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def _gauge(name: str, text: str, *labels: str) -> Metric:
+    return Metric(name=name, kind=MetricKind.GAUGE, help=text, labels=labels)
+
+
+_OWN: Final = (
+    _gauge(
+        "up", "1 if the source, or this GPU of it, could be read, else 0.", "source", "server", "gpu", "uuid"
+    ),
+    _gauge(
+        "server_down", "1 while a server that was healthy is not, or its start is overdue, else 0.", "server"
+    ),
+    _gauge("server_phase", "1 for the phase that the server is in.", "server", "phase"),
+    _gauge(
+        "server_start_seconds", "How long the server has been coming up; none once it is healthy.", "server"
+    ),
+    _gauge("gpuwatch_receiver_broken", "1 while a receiver refuses every message, else 0.", "receiver"),
+    _gauge("gpuwatch_notifications_unsent", "Messages that wait to be sent.", "receiver"),
+    _gauge("gpuwatch_rules_failing", "Rules that could not be evaluated."),
+    Metric(
+        name="gpuwatch_internal_errors_total",
+        kind=MetricKind.COUNTER,
+        help="Errors that nobody foresaw: bugs. The log has their tracebacks.",
+    ),
+)
+
+METRICS: Final = (*_OWN, *nvml.METRICS, *recorded.METRICS, *host.METRICS, *vllm.METRICS)
+CATALOGUE: Final[Mapping[str, Metric]] = {metric.name: metric for metric in METRICS}

@@ -1,0 +1,362 @@
+"""gpuwatch under a real systemd: a Debian container with systemd, D-Bus and polkit, and a vLLM stand-in.
+
+`GPUWATCH_BOX` names the folder of the container's root tree; it is built there (a minute, network) if absent.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+TOOL = PROJECT.parent / "shared" / "tools" / "systemd_box.sh"
+HERE = Path(__file__).parent / "box"
+UNIT = "vllm-standin.service"
+NEEDS = {
+    f"{TOOL} is absent": TOOL.exists(),
+    "needs root": os.geteuid() == 0,
+    "needs systemd-nspawn": shutil.which("systemd-nspawn") is not None,
+    "needs debootstrap": shutil.which("debootstrap") is not None,
+}
+LACKING = [reason for reason, there in NEEDS.items() if not there]
+pytestmark = [
+    pytest.mark.acceptance,
+    pytest.mark.shared,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(bool(LACKING), reason="; ".join(LACKING)),
+]
+
+
+def wait_until(question, patience_s=20, note=lambda: ""):
+    deadline = time.monotonic() + patience_s
+    while not question():
+        assert time.monotonic() < deadline, f"not within {patience_s} s. {note()}"
+        time.sleep(0.1)
+
+
+class Box:
+    """The container; shares the network with the host, so the stand-in is reached from here."""
+
+    def __init__(self, root):
+        self.root = Path(root)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+
+    def tool(self, *arguments, **options):
+        return subprocess.run(
+            ["bash", str(TOOL), *arguments],
+            env={**os.environ, "BOX": str(self.root)},
+            capture_output=True,
+            text=True,
+            check=options.pop("check", True),
+            **options,
+        )
+
+    def boot(self):
+        """Build and boot it; True if it was not up already."""
+        if not (self.root / "usr/lib/systemd/systemd").exists():
+            self.tool("build", timeout=500)
+        # The container lives on when this command is done: it must not hold our pipe.
+        was_up = self.tool("status").stdout.startswith("up")
+        command, env = ["bash", str(TOOL), "boot"], {**os.environ, "BOX": str(self.root)}
+        subprocess.run(
+            command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True, timeout=60
+        )
+        return not was_up
+
+    def run(self, *command, check=True):
+        done = self.tool("exec", *command, check=False, timeout=120)
+        assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def put(self, source, target, **replacements):
+        text = Path(source).read_text()
+        for old, new in replacements.items():
+            text = text.replace(old, new)
+        path = self.root / target
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def show(self, unit, name):
+        return self.run("systemctl", "show", unit, "--property", name, "--value")
+
+    def journal(self):
+        return self.run("journalctl", "-u", "gpuwatch", "-u", UNIT, "-n", "60", "--no-pager", "-o", "cat")
+
+    def is_healthy(self):
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=1) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+    def is_dead(self):
+        return self.show(UNIT, "ActiveState") in {"inactive", "failed"}
+
+    def kill_engine(self):
+        """As the out-of-memory killer would; vLLM then leaves with status 0."""
+        engine = self.run("pgrep", "-P", self.show(UNIT, "MainPID"))
+        self.run("kill", "-9", *engine.split())
+
+    def is_active(self, unit="gpuwatch"):
+        return self.show(unit, "ActiveState") == "active"
+
+
+def install(box):
+    wheels = box.root / "root" / "wheels"
+    shutil.rmtree(wheels, ignore_errors=True)
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--disable-pip-version-check"]
+    constraints = ["-c", str(PROJECT / "constraints.txt")]
+    subprocess.run([*pip, *constraints, "-w", str(wheels), str(PROJECT)], check=True, capture_output=True)
+    port = {"@PORT@": str(box.port)}
+    box.put(PROJECT / "systemd/gpuwatch.service", "etc/systemd/system/gpuwatch.service")
+    box.put(PROJECT / "systemd/gpuwatch.sysusers", "usr/lib/sysusers.d/gpuwatch.conf")
+    box.put(PROJECT / "systemd/gpuwatch.tmpfiles", "usr/lib/tmpfiles.d/gpuwatch.conf")
+    rule = {'"vllm.service"': f'"{UNIT}", "forgotten.service", "looping.service", "masked.service"'}
+    box.put(PROJECT / "systemd/gpuwatch.polkit.rules", "etc/polkit-1/rules.d/50-gpuwatch.rules", **rule)
+    box.put(PROJECT / "tests/standin_vllm.py", "opt/standin/standin_vllm.py")
+    box.put(HERE / "supervise.py", "opt/standin/supervise.py")
+    box.put(HERE / UNIT, f"etc/systemd/system/{UNIT}", **port)
+    box.put(HERE / "gpuwatch.yaml", "etc/gpuwatch/gpuwatch.yaml", **port)
+    done = box.tool("script", str(HERE / "install.sh"), check=False, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def box():
+    box = Box(os.environ.get("GPUWATCH_BOX", Path(tempfile.gettempdir()) / "gpuwatch-box"))
+    booted_here = box.boot()
+    box.run("systemctl", "stop", "gpuwatch", check=False)
+    install(box)
+    yield box
+    box.run("systemctl", "stop", "gpuwatch", UNIT, check=False)
+    if booted_here:
+        box.tool("stop")
+
+
+@pytest.fixture
+def standin(box):
+    """A healthy stand-in."""
+    box.run("systemctl", "reset-failed", UNIT, check=False)
+    box.run("systemctl", "restart", UNIT)
+    wait_until(box.is_healthy)
+    return box
+
+
+class Gpuwatch:
+    """The supervisor of the daemon, run as its user: a line in, a line out."""
+
+    def __init__(self, box):
+        command = ["runuser", "-u", "gpuwatch", "--", "/opt/gpuwatch/bin/python", "/opt/standin/supervise.py"]
+        self.process = subprocess.Popen(
+            ["bash", str(TOOL), "exec", *command],
+            env={**os.environ, "BOX": str(box.root)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, *words):
+        self.process.stdin.write(" ".join(map(str, words)) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def observe(self, unit=UNIT):
+        return self.ask("observe", unit)
+
+    def restart(self, since_ms, unit=UNIT):
+        return self.ask("restart", unit, since_ms)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(10)
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def gpuwatch(standin):
+    gpuwatch = Gpuwatch(standin)
+    yield gpuwatch
+    gpuwatch.close()
+
+
+def now_ms():
+    return time.time_ns() // 1_000_000
+
+
+# The supervisor, as user gpuwatch.
+
+
+def test_the_unit_files_are_in_order(box):
+    assert box.run("systemd-analyze", "verify", "gpuwatch.service") == ""
+    exposure = box.run("systemd-analyze", "security", "--no-pager", "gpuwatch.service").splitlines()[-1]
+    assert " OK " in exposure, exposure
+
+
+def test_a_running_unit_is_active_with_pid_and_start(standin, gpuwatch):
+    seen = gpuwatch.observe()
+    assert (seen["phase"], seen["stop_asked"]) == ("active", False)
+    assert seen["pid"] == int(standin.show(UNIT, "MainPID"))
+    assert abs(now_ms() - seen["started_at_ms"]) < 30_000
+
+
+def test_an_engine_death_leaves_the_unit_dead_and_a_restart_heals_it(standin, gpuwatch):
+    standin.kill_engine()
+    wait_until(standin.is_dead)
+    seen = gpuwatch.observe()
+    assert (seen["phase"], seen["stop_asked"]) == ("inactive", False)
+    assert seen["detail"].startswith("inactive (dead): exited with status 0")
+    since_ms = now_ms()
+    assert gpuwatch.restart(since_ms) == {}
+    wait_until(standin.is_healthy)
+    began_ms = gpuwatch.observe()["started_at_ms"]
+    assert began_ms >= since_ms
+    for _ in range(10):
+        assert gpuwatch.restart(since_ms) == {}
+    assert gpuwatch.observe()["started_at_ms"] == began_ms
+
+
+def test_a_running_unit_is_restarted_once_however_often_it_is_asked(standin, gpuwatch):
+    old = gpuwatch.observe()
+    since_ms = now_ms()
+
+    def is_new():
+        assert gpuwatch.restart(since_ms) == {}
+        return (gpuwatch.observe()["started_at_ms"] or 0) >= since_ms
+
+    wait_until(is_new)
+    new = gpuwatch.observe()
+    wait_until(standin.is_healthy)
+    assert gpuwatch.restart(since_ms) == {}
+    assert gpuwatch.observe()["pid"] == new["pid"] != old["pid"]
+
+
+def test_a_restart_that_died_again_is_not_repeated(standin, gpuwatch):
+    since_ms = now_ms()
+    gpuwatch.restart(since_ms)
+    wait_until(lambda: gpuwatch.observe()["started_at_ms"] >= since_ms and standin.is_healthy())
+    standin.kill_engine()
+    wait_until(standin.is_dead)
+    gpuwatch.restart(since_ms)
+    assert standin.is_dead()
+
+
+def test_many_restarts_do_not_meet_the_start_limit(standin, gpuwatch):
+    for _ in range(8):
+        since_ms = now_ms()
+        wait_until(lambda: gpuwatch.restart(since_ms) == {} and gpuwatch.observe()["phase"] == "active")  # noqa: B023
+        wait_until(lambda: gpuwatch.observe()["started_at_ms"] >= since_ms)  # noqa: B023
+    assert standin.show(UNIT, "Result") == "success"
+
+
+def test_a_stop_by_an_operator_is_told_from_a_death(standin, gpuwatch):
+    standin.run("systemctl", "stop", UNIT)
+    seen = gpuwatch.observe()
+    assert (seen["phase"], seen["stop_asked"], seen["pid"]) == ("inactive", True, None)
+
+
+def test_a_unit_that_no_rule_names_is_refused_with_the_cure(gpuwatch):
+    refusal = gpuwatch.restart(now_ms(), "systemd-journald.service")
+    assert refusal["permanent"]
+    assert "gpuwatch.polkit.rules" in refusal["error"]
+
+
+def test_a_unit_that_does_not_exist_is_an_error_for_good(gpuwatch):
+    assert gpuwatch.observe("absent.service")["permanent"]
+    assert "not-found" in gpuwatch.observe("absent.service")["error"]
+
+
+def test_a_dead_unit_that_systemd_forgot_is_not_restarted(standin, gpuwatch):
+    unit = standin.root / "etc/systemd/system/forgotten.service"
+    unit.write_text("[Service]\nType=exec\nExecStart=/bin/true\n")
+    standin.run("systemctl", "daemon-reload")
+    standin.run("systemctl", "start", "forgotten.service")
+    wait_until(lambda: gpuwatch.observe("forgotten.service")["started_at_ms"] is None)
+    refusal = gpuwatch.restart(now_ms(), "forgotten.service")
+    assert refusal["permanent"]
+    assert "enable it" in refusal["error"]
+
+
+def test_a_unit_that_waits_for_its_own_restart_is_left_to_systemd(standin, gpuwatch):
+    unit = standin.root / "etc/systemd/system/looping.service"
+    unit.write_text("[Service]\nType=exec\nExecStart=/bin/true\nRestart=always\nRestartSec=1h\n")
+    standin.run("systemctl", "daemon-reload")
+    standin.run("systemctl", "start", "looping.service")
+    wait_until(lambda: gpuwatch.observe("looping.service")["phase"] == "auto-restart")
+    assert gpuwatch.restart(now_ms(), "looping.service") == {}
+    assert gpuwatch.observe("looping.service")["phase"] == "auto-restart"
+    standin.run("systemctl", "stop", "looping.service")
+
+
+def test_a_bus_that_was_restarted_is_met_again(standin, gpuwatch):
+    before = gpuwatch.observe()
+    standin.run("systemctl", "restart", "dbus.service")
+    assert gpuwatch.observe()["pid"] == before["pid"]
+
+
+# The daemon.
+
+
+@pytest.fixture
+def daemon(standin):
+    standin.run("systemctl", "stop", "gpuwatch", check=False)
+    standin.run("systemctl", "reset-failed", "gpuwatch", check=False)
+    shutil.rmtree(standin.root / "var/lib/gpuwatch", ignore_errors=True)
+    standin.run("systemctl", "start", "gpuwatch")
+    yield standin
+    standin.run("systemctl", "stop", "gpuwatch", check=False)
+
+
+def test_the_daemon_reports_ready_and_its_status(daemon):
+    assert daemon.is_active()
+    wait_until(lambda: daemon.show("gpuwatch", "StatusText") != "", note=daemon.journal)
+    assert 'Status: "' in daemon.run("systemctl", "status", "gpuwatch")
+
+
+def test_the_daemon_heals_an_engine_death(daemon):
+    wait_until(lambda: "standin" in daemon.journal() or daemon.is_healthy())
+    time.sleep(15)  # it must have seen the server healthy, and past the grace after a start
+    old = daemon.show(UNIT, "ExecMainStartTimestampMonotonic")
+    daemon.kill_engine()
+    wait_until(daemon.is_dead)
+    assert daemon.show(UNIT, "ExecMainStatus") == "0"
+    wait_until(daemon.is_healthy, patience_s=240, note=daemon.journal)
+    assert daemon.show(UNIT, "ExecMainStartTimestampMonotonic") != old
+    assert daemon.show("gpuwatch", "NRestarts") == "0"
+
+
+def test_the_daemon_reloads(daemon):
+    pid = daemon.show("gpuwatch", "MainPID")
+    daemon.run("systemctl", "reload", "gpuwatch")
+    time.sleep(3)
+    assert daemon.is_active()
+    assert daemon.show("gpuwatch", "MainPID") == pid
+
+
+def test_a_daemon_that_hangs_is_replaced_and_the_server_is_untouched(daemon):
+    old, server = daemon.show("gpuwatch", "MainPID"), daemon.show(UNIT, "MainPID")
+    daemon.run("kill", "-STOP", old)
+    wait_until(
+        lambda: daemon.is_active() and daemon.show("gpuwatch", "MainPID") not in {old, "0"},
+        patience_s=90,
+        note=daemon.journal,
+    )
+    assert daemon.show("gpuwatch", "NRestarts") == "1"
+    assert daemon.show(UNIT, "MainPID") == server
+    assert daemon.is_healthy()
+
+
+def test_the_daemon_does_not_answer_a_stop_by_an_operator(daemon):
+    time.sleep(15)
+    daemon.run("systemctl", "stop", UNIT)
+    time.sleep(90)
+    assert daemon.is_dead(), daemon.journal()

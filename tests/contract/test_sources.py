@@ -1,0 +1,337 @@
+"""What every source keeps to, and how the two that speak HTTP take whatever a server does."""
+
+import math
+import socket
+import threading
+import traceback
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from tests.fake_nvml import GIB, FakeNvml
+
+from gpuwatch import config, sources
+from gpuwatch.errors import SourceError
+from gpuwatch.records import MetricKind
+from gpuwatch.sources import HealthSource, HostSource, MetricsSource, NvmlSource, NvmlStaticSource
+from gpuwatch.sources.catalogue import CATALOGUE
+from gpuwatch.sources.record import Recorder
+
+H200 = Path(__file__).parents[1] / "recordings" / "h200-vllm024-incidents.jsonl.xz"
+PAGE = '# HELP vllm:x y\nvllm:num_requests_running{engine="0"} 3.0\nvllm:x_created 5\nvllm:nan NaN\n'
+NOW_MS = 1_800_000_000_000
+LATEST_MS = NOW_MS + 10_000
+
+
+class Vllm(ThreadingHTTPServer):
+    """A server on loopback; `answer` maps a path to what it does with a request handler."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answer = {"/health": reply(200), "/metrics": reply(200, PAGE.encode())}
+        self.requests = []
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request, client_address):
+        """A client that goes away is what some of these tests are about."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.requests.append((self.path, dict(self.headers)))
+        self.server.answer[self.path](self)
+
+    def log_message(self, *args):
+        pass
+
+
+def reply(status, body=b"", **headers):
+    def answer(handler):
+        handler.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return answer
+
+
+def reset(handler):
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+    handler.connection.close()
+
+
+def garbage(handler):
+    handler.wfile.write(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
+
+
+@pytest.fixture
+def vllm():
+    with Vllm() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def session():
+    with sources.local_session() as session:
+        yield session
+
+
+def busy_nvml():
+    nvml = FakeNvml(gpus=2)
+    nvml.devices[0].processes = [
+        (1, "VLLM::EngineCore", GIB),
+        (1, "VLLM::EngineCore", GIB),
+        (2, "python3", GIB),
+    ]
+    nvml.devices[1].lost = True
+    return nvml
+
+
+def live_sources(vllm, session, tmp_path):
+    nvml = busy_nvml()
+    return [
+        NvmlSource(nvml, names=nvml),
+        NvmlStaticSource(nvml),
+        HostSource(tmp_path),
+        MetricsSource("a", vllm.url, session),
+        HealthSource("a", vllm.url, session),
+    ]
+
+
+def check(samples, now_ms):
+    labels = [s.labels for s in samples]
+    assert len(set(labels)) == len(labels), "a series twice in one read"
+    for sample in samples:
+        assert sample.at_ms == now_ms
+        assert isinstance(sample.value, float)
+        assert not math.isnan(sample.value)
+        check_catalogue(sample)
+
+
+def check_catalogue(sample):
+    """Ours are in the catalogue with these labels; what passes through from a server says whose it is."""
+    name = sample.labels.metric
+    if name not in CATALOGUE:
+        assert sample.labels.get("server")
+        assert name.startswith(("vllm:", "python_", "process_", "http_")), name
+        return
+    assert {k for k, _ in sample.labels} <= {"__name__", *CATALOGUE[name].labels}
+    if name.endswith("_ratio"):
+        assert 0 <= sample.value <= 1
+
+
+def test_a_live_source_keeps_the_contract(vllm, session, tmp_path):
+    for source in live_sources(vllm, session, tmp_path):
+        for now_ms in (NOW_MS, LATEST_MS):
+            samples = source.read(now_ms)
+            assert samples, source.name
+            check(samples, now_ms)
+
+
+def test_a_played_source_keeps_the_contract():
+    recording = sources.open_recording(H200)
+    played = recording.sources("a")
+    read = dict.fromkeys((s.name for s in played), 0)
+    for now_ms in range(recording.start_ms, recording.start_ms + 434_000, 7000):
+        for source in played:
+            try:
+                samples = source.read(now_ms)
+            except SourceError:
+                continue
+            check(samples, now_ms)
+            read[source.name] += 1
+    assert min(read.values()) > 25
+
+
+def test_a_source_gives_the_same_series_at_every_read(vllm, session, tmp_path):
+    for source in live_sources(vllm, session, tmp_path):
+        source.read(NOW_MS)
+        first, second = ({s.labels for s in source.read(at_ms)} for at_ms in (NOW_MS + 1000, NOW_MS + 2000))
+        # Two reads within a tick of the kernel's clock cannot tell how busy the cores were between them.
+        assert {n.metric for n in first ^ second} <= {"host_cpu_ratio"}, source.name
+
+
+def test_the_catalogue_has_a_help_and_a_unit_for_every_metric():
+    plain = {"up", "server_down", "server_phase", "gpu_info", "server_health_ok", "server_health_timeout"}
+    plain |= {
+        "gpuwatch_receiver_broken",
+        "gpuwatch_rules_failing",
+        "gpuwatch_notifications_unsent",
+        "host_load1",
+        "gpu_performance_state",
+    }
+    plain |= {"gpu_clocks_event_reasons", "gpu_clocks_event_active", "gpu_pcie_link_generation"}
+    plain |= {"gpu_pcie_link_width", "gpu_pcie_link_generation_max", "gpu_pcie_link_width_max"}
+    plain |= {"gpu_remapped_rows", "gpu_remapped_rows_pending", "gpu_remapped_rows_failed"}
+    units = ("_bytes", "_ratio", "_celsius", "_watts", "_hertz", "_seconds", "_total")
+    for name, metric in CATALOGUE.items():
+        assert metric.help.endswith("."), name
+        assert name in plain or name.endswith(units), name
+        assert (metric.kind is MetricKind.COUNTER) == name.endswith("_total"), name
+
+
+def test_the_sources_of_a_host_are_named_after_what_they_read():
+    settings = config.Settings(servers=[config.ServerSettings(name="a"), config.ServerSettings(name="b")])
+    names = [s.name for s in sources.of_host(settings)]
+    assert names == ["nvml", "nvml_static", "host", "metrics:a", "health:a", "metrics:b", "health:b"]
+
+
+def test_a_host_without_a_driver_says_so_and_goes_on(tmp_path):
+    nvml = sources.load_nvml()
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        for source in (NvmlSource(nvml), NvmlStaticSource(nvml)):
+            with pytest.raises(SourceError, match=r"read NVML: .*driver"):
+                source.read(NOW_MS)
+    else:
+        check(NvmlSource(nvml).read(NOW_MS), NOW_MS)
+        check(NvmlStaticSource(nvml).read(NOW_MS), NOW_MS)
+
+
+def test_a_state_folder_that_is_missing_takes_only_its_own_figure(tmp_path):
+    metrics = {s.labels.metric for s in HostSource(tmp_path / "absent").read(NOW_MS)}
+    assert "host_disk_free_bytes" not in metrics
+    assert "host_memory_available_bytes" in metrics
+
+
+# -- /metrics ----------------------------------------------------------------------------------------
+
+
+def test_metrics_are_verbatim_with_the_servers_name(vllm, session):
+    (sample,) = MetricsSource("a", vllm.url + "/", session).read(NOW_MS)
+    assert str(sample.labels) == 'vllm:num_requests_running{engine="0",server="a"}'
+    assert sample.value == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (reply(404), "HTTP 404; is this vLLM's address"),
+        (reply(503), "HTTP 503"),
+        (reply(307, Location="/health"), "HTTP 307"),
+        (reply(200, b"<html>"), "line 1 is not Prometheus' text format"),
+        (reply(200, b"x \xff"), "not UTF-8"),
+        (reply(200, b"#" * (16 * 1024 * 1024 + 1)), "larger than 16 MiB"),
+        (reset, "the connection broke"),
+        (reply(200, b"x 1", **{"Content-Length": "99"}), "ChunkedEncodingError|ConnectionError|broke"),
+    ],
+)
+def test_a_page_that_cannot_be_used_is_a_source_error(vllm, session, answer, why):
+    vllm.answer["/metrics"] = answer
+    with pytest.raises(SourceError, match=why):
+        MetricsSource("a", vllm.url, session).read(NOW_MS)
+
+
+def test_a_server_that_is_not_there_is_a_source_error_for_metrics(session):
+    with pytest.raises(SourceError, match="connection refused; the server is not running"):
+        MetricsSource("a", refused_url(), session).read(NOW_MS)
+
+
+# -- /health -----------------------------------------------------------------------------------------
+
+
+def refused_url():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def health(url, session, timeout_s=5.0):
+    source = HealthSource("a", url, session, timeout_s=timeout_s)
+    return {s.labels.metric.removeprefix("server_health_"): s.value for s in source.read(NOW_MS)}
+
+
+@pytest.mark.parametrize(
+    ("answer", "ok"),
+    [(reply(200), 1), (reply(503), 0), (reply(404), 0), (reply(307, Location="/x"), 0), (reset, 0)],
+)
+def test_only_200_is_healthy(vllm, session, answer, ok):
+    vllm.answer["/health"] = answer
+    figures = health(vllm.url, session)
+    assert (figures["ok"], figures["timeout"]) == (ok, 0)
+    assert 0 <= figures["seconds"] < 5
+
+
+def test_a_refused_connection_is_not_healthy(session):
+    figures = health(refused_url(), session)
+    assert (figures["ok"], figures["timeout"]) == (0, 0)
+
+
+def test_a_late_answer_is_no_verdict(vllm, session):
+    release = threading.Event()
+    vllm.answer["/health"] = lambda _: release.wait(5)
+    figures = health(vllm.url, session, timeout_s=0.1)
+    release.set()
+    assert "ok" not in figures
+    assert figures["timeout"] == 1
+    assert figures["seconds"] >= 0.1
+
+
+def test_what_says_nothing_about_the_server_is_a_source_error(vllm, session):
+    vllm.answer["/health"] = garbage
+    with pytest.raises(SourceError, match="check its url"):
+        health(vllm.url, session)
+    with pytest.raises(SourceError, match="check its url"):
+        health("http://name.invalid:1", session)
+
+
+@pytest.mark.parametrize("address", [None, "name.invalid:1", "[::1", "127.0.0.1:bad"])
+@pytest.mark.parametrize("kind", [MetricsSource, HealthSource])
+def test_credentials_of_a_url_are_in_no_error(vllm, session, kind, address):
+    vllm.answer |= {
+        "/metrics": reply(404),
+        "/health": garbage,
+    }
+    url = f"http://ann:s3cret@{address or vllm.url.removeprefix('http://')}"
+    with pytest.raises(SourceError) as caught:
+        kind("a", url, session).read(NOW_MS)
+    assert "s3cret" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_no_proxy_is_used(vllm, session, monkeypatch):
+    monkeypatch.setenv("http_proxy", refused_url())
+    monkeypatch.setenv("HTTP_PROXY", refused_url())
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert health(vllm.url, session)["ok"] == 1
+
+
+def test_every_request_has_a_connection_of_its_own(vllm, session):
+    health(vllm.url, session)
+    assert [headers["Connection"] for _, headers in vllm.requests] == ["close"]
+
+
+# -- recording a real server --------------------------------------------------------------------------
+
+
+def test_a_recorded_server_plays_as_it_was(vllm, tmp_path):
+    path, nvml = tmp_path / "r.jsonl.gz", FakeNvml()
+    with Recorder(path, nvml, {"a": vllm.url}, state_dir=tmp_path, names=nvml) as recorder:
+        for second in range(4):
+            if second == 2:
+                vllm.answer = {"/health": reply(503), "/metrics": reply(404)}
+            recorder.tick(second * 1000)
+    assert [path for path, _ in vllm.requests].count("/metrics") == 2
+    eyes = {s.name: s for s in sources.open_recording(path).sources("a")}
+    for second in (0, 1):
+        assert len(eyes["metrics:a"].read(second * 1000)) == 1
+        assert verdict(eyes["health:a"], second * 1000) == 1
+    for second in (2, 3):
+        with pytest.raises(SourceError, match="HTTP 404"):
+            eyes["metrics:a"].read(second * 1000)
+        assert verdict(eyes["health:a"], second * 1000) == 0
+
+
+def verdict(source, now_ms):
+    return next(s.value for s in source.read(now_ms) if s.labels.metric == "server_health_ok")

@@ -1,0 +1,159 @@
+"""Random incidents on the simulated host: whatever comes, gpuwatch does no harm and loses no word.
+
+GPUWATCH_STORIES says how many (default 500). A story that fails names its seed; `test_named_stories.py`
+holds what was found this way.
+"""
+
+import os
+import random
+
+import pytest
+from tests.world import GIB, MINUTE, SECOND, World
+
+from gpuwatch.records import Mode
+
+STORIES = int(os.environ.get("GPUWATCH_STORIES", "500"))
+CHUNK = 10
+
+
+def a_daemon_kill(world, rng):
+    world.kill_daemon(
+        rng.choice([None, "before the deed", "after the deed", "before sending", "after sending"])
+    )
+
+
+def a_death(world, rng):
+    world.server.failing_starts = rng.choice([0, 0, 0, 1, 2])
+    world.server.die()
+
+
+def a_wedge(world, rng):
+    world.server.wedged = world.server.up
+
+
+def a_busy_spell(world, rng):
+    world.server.busy_since_ms = world.now_ms if world.server.up and not world.server.busy else None
+
+
+def an_operator_stops_or_starts(world, rng):
+    if world.server.stopped_by_operator:
+        world.server.start()
+    elif world.supervisor.stopping_until_ms is None:
+        world.server.die()
+        world.server.stopped_by_operator = True
+
+
+def a_pause_or_resume(world, rng):
+    rng.choice([world.pause, lambda: world.pause(world.now_ms + MINUTE), world.resume])()
+
+
+def an_approval(world, rng):
+    for r in world.store.live_remediations():
+        world.wish({f"word:{r.plan.id}": rng.choice(["approved|eve", "denied|eve", "abort|eve"])})
+
+
+def a_rival(world, rng):
+    world.nvml.devices[0].processes = [] if world.nvml.devices[0].processes else [(77, "python3", 40 * GIB)]
+
+
+def a_lost_gpu(world, rng):
+    world.nvml.devices[0].lost = not world.nvml.devices[0].lost
+
+
+def a_missing_driver(world, rng):
+    world.nvml.driver_missing = not world.nvml.driver_missing
+
+
+def a_deaf_supervisor(world, rng):
+    world.supervisor.unreachable = not world.supervisor.unreachable
+
+
+def a_forbidding_supervisor(world, rng):
+    world.supervisor.forbids = not world.supervisor.forbids
+
+
+def a_hanging_health_reader(world, rng):
+    world.health.hangs = not world.health.hangs
+
+
+def chat_trouble(world, rng):
+    chat = rng.choice([world.slack, world.ding])
+    kind = rng.choice(["down", "gone", "limited"])
+    if kind == "limited":
+        chat.limited_until_ms = world.now_ms + rng.randrange(5, 60) * SECOND
+    else:
+        setattr(chat, kind, not getattr(chat, kind))
+
+
+def a_clock_jump(world, rng):
+    world.clock.advance(rng.choice([2, 70, 3600]) * SECOND)
+
+
+def a_full_disk(world, rng):
+    world.full_disk(rng.random() < 0.5)
+
+
+INCIDENTS = [
+    a_death,
+    a_death,
+    a_death,
+    a_wedge,
+    a_busy_spell,
+    a_daemon_kill,
+    a_daemon_kill,
+    an_operator_stops_or_starts,
+    a_pause_or_resume,
+    an_approval,
+    a_rival,
+    a_lost_gpu,
+    a_missing_driver,
+    a_deaf_supervisor,
+    a_forbidding_supervisor,
+    a_hanging_health_reader,
+    chat_trouble,
+    chat_trouble,
+    a_clock_jump,
+    a_full_disk,
+]
+
+
+def tell_story(seed: int) -> World:
+    rng = random.Random(seed)
+    world = World(
+        seed,
+        mode=rng.choice([Mode.AUTO, Mode.AUTO, Mode.AUTO, Mode.APPROVE, Mode.OBSERVE]),
+        cooldown=rng.choice([10, 30]) * SECOND,
+        just_started_grace=rng.choice([0, 5]) * SECOND,
+        verify_for=10 * SECOND,
+        step_within=rng.choice([40, 90]) * SECOND,
+        approval_expires=30 * SECOND,
+    )
+    world.server.startup_ms = rng.choice([3, 10, 20]) * SECOND
+    world.server.start()
+    world.run_for(rng.randrange(5, 30) * SECOND)
+    for _ in range(rng.randrange(1, 7)):
+        rng.choice(INCIDENTS)(world, rng)
+        world.run_for(rng.randrange(1, 25) * SECOND)
+    return world
+
+
+@pytest.mark.parametrize("chunk", range(-(-STORIES // CHUNK)))
+def test_no_incident_makes_gpuwatch_do_harm_or_lose_a_word(chunk):
+    for seed in range(chunk * CHUNK, (chunk + 1) * CHUNK):
+        try:
+            world = tell_story(seed)
+            world.heal()
+            world.run_for(40 * SECOND)
+            world.clock.advance(10 * MINUTE)  # an open circuit or a long back-off of a chat is over by then
+            world.run_for(15 * SECOND)
+            world.check_all_was_told()
+        except AssertionError as error:
+            raise AssertionError(f"story {seed}: {error}") from error
+
+
+def test_the_same_seed_tells_the_same_story():
+    one, two = (
+        [(i, t.at_ms, t.alert.rule, t.now) for i, t in tell_story(11).store.transitions(limit=1000)]
+        for _ in range(2)
+    )
+    assert one == two

@@ -1,0 +1,387 @@
+"""A simulated host: GPUs, a vLLM server, its supervisor and two chats, all of which behave, and can fail.
+
+The real cycle, the real rules and a real SQLite run on it. One seed decides everything that happens.
+After every tick the invariants are checked: what gpuwatch may never do, whatever comes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from tests.fake_nvml import FakeNvml
+
+from gpuwatch import config, notify, rules
+from gpuwatch.clock import ManualClock
+from gpuwatch.cycle import Cycle, Parts
+from gpuwatch.errors import NotifyError, ServerError, SourceError, StoreError
+from gpuwatch.records import (
+    LIVE_PHASES,
+    AlertState,
+    Labels,
+    Phase,
+    Sample,
+    Step,
+    SupervisorPhase,
+    SupervisorState,
+)
+from gpuwatch.servers.phase import UNANSWERED_MS
+from gpuwatch.sources.nvml import NvmlSource
+from gpuwatch.store import Changes, Store
+
+SECOND, MINUTE, HOUR = 1000, 60_000, 3_600_000
+START_MS = 1_800_000_000_000
+GIB = 1 << 30
+SERVER = "qwen"
+
+
+class Killed(BaseException):
+    """The daemon died here, as by kill -9."""
+
+
+@dataclass
+class SimServer:
+    """A vLLM server: starts slowly, serves, dies with exit status 0, hangs, answers late."""
+
+    world: World
+    startup_ms: int = 20 * SECOND
+    started_at_ms: int | None = None
+    died_at_ms: int | None = None
+    busy_since_ms: int | None = None  # alive and well, and too busy to answer /health in time
+    wedged: bool = False  # /health answers 503
+    failing_starts: int = 0  # so many next starts die half-way
+    stopped_by_operator: bool = False
+    running: int = 0
+
+    @property
+    def busy(self) -> bool:
+        return self.busy_since_ms is not None
+
+    @property
+    def alive(self) -> bool:
+        now_ms = self.world.now_ms
+        return self.started_at_ms is not None and (self.died_at_ms is None or now_ms < self.died_at_ms)
+
+    @property
+    def up(self) -> bool:
+        return self.alive and self.world.now_ms - self.started_at_ms >= self.startup_ms
+
+    @property
+    def well(self) -> bool:
+        return self.up and not self.wedged
+
+    def start(self) -> None:
+        self.started_at_ms, self.died_at_ms = self.world.now_ms, None
+        self.busy_since_ms = None
+        self.wedged = self.stopped_by_operator = False
+        if self.failing_starts:
+            self.failing_starts -= 1
+            self.died_at_ms = self.world.now_ms + self.startup_ms // 2
+
+    def die(self) -> None:
+        if self.alive:
+            self.died_at_ms = self.world.now_ms
+
+
+@dataclass
+class SimSupervisor:
+    """Behaves as systemd does: a restart stops first, takes its time, and comes once however often asked."""
+
+    world: World
+    server: SimServer
+    stop_takes_ms: int = 2 * SECOND
+    unreachable: bool = False
+    forbids: bool = False
+    stopping_until_ms: int | None = None
+    restarts: list[int] = field(default_factory=list)
+
+    def observe(self, now_ms: int) -> SupervisorState:
+        if self.unreachable:
+            raise ServerError("supervisor: no answer; is D-Bus up?")
+        self._go_on(now_ms)
+        server = self.server
+        if self.stopping_until_ms is not None:
+            phase = SupervisorPhase.DEACTIVATING
+        elif server.alive:
+            phase = SupervisorPhase.ACTIVE
+        else:
+            phase = SupervisorPhase.INACTIVE
+        return SupervisorState(
+            phase=phase,
+            pid=4242 if server.alive else None,
+            started_at_ms=server.started_at_ms,
+            stop_asked=server.stopped_by_operator,
+            detail="exit status 0" if phase is SupervisorPhase.INACTIVE else "",
+        )
+
+    def do(self, step: Step, *, since_ms: int, now_ms: int) -> None:
+        self.world.maybe_kill("before the deed")
+        if self.unreachable:
+            raise ServerError("supervisor: no answer; is D-Bus up?")
+        if self.forbids:
+            raise ServerError("supervisor: access denied; install the polkit rule", permanent=True)
+        self._go_on(now_ms)
+        started_since = self.server.started_at_ms is not None and self.server.started_at_ms >= since_ms
+        if self.stopping_until_ms is None and not started_since:
+            self.world.check_restart_is_due(now_ms)
+            self.restarts.append(now_ms)
+            self.stopping_until_ms = now_ms + (self.stop_takes_ms if self.server.alive else 0)
+            self._go_on(now_ms)
+        self.world.maybe_kill("after the deed")
+
+    def _go_on(self, now_ms: int) -> None:
+        if self.stopping_until_ms is not None and now_ms >= self.stopping_until_ms:
+            self.stopping_until_ms = None
+            self.server.start()
+
+
+@dataclass
+class SimChat:
+    """A receiver that is down, rate limited or gone when told to be; keeps what it got."""
+
+    world: World
+    name: str
+    pace: notify.Pace = field(default_factory=lambda: notify.Pace(burst=50, per_ms=1000))
+    down: bool = False
+    gone: bool = False
+    limited_until_ms: int = 0
+    received: list[notify.Message] = field(default_factory=list)
+
+    def send(self, message: notify.Message) -> None:
+        self.world.maybe_kill("before sending")
+        if self.gone:
+            raise NotifyError(f"{self.name}: HTTP 404", broken=True)
+        if self.down:
+            raise NotifyError(f"{self.name}: connection refused")
+        if self.world.now_ms < self.limited_until_ms:
+            raise NotifyError(
+                f"{self.name}: HTTP 429", retry_after_ms=self.limited_until_ms - self.world.now_ms
+            )
+        self.received.append(message)
+        self.world.maybe_kill("after sending")
+
+
+@dataclass
+class SimHealth:
+    world: World
+    name: str = f"health:{SERVER}"
+    interval_ms: int = 1000
+    hangs: bool = False
+
+    def read(self, now_ms: int) -> list[Sample]:
+        server = self.world.server
+        if self.hangs:
+            raise SourceError("health: the reader hangs")
+        timeout = server.up and server.busy
+        samples = [Sample(Labels.of("server_health_timeout", server=SERVER), now_ms, float(timeout))]
+        if not timeout:
+            samples.append(Sample(Labels.of("server_health_ok", server=SERVER), now_ms, float(server.well)))
+        return samples
+
+
+@dataclass
+class SimMetrics:
+    world: World
+    name: str = f"metrics:{SERVER}"
+    interval_ms: int = 2000
+
+    def read(self, now_ms: int) -> list[Sample]:
+        server = self.world.server
+        if not server.up or server.wedged:
+            raise SourceError("metrics: connection refused")
+        figures = {
+            "vllm:num_requests_running": float(server.running),
+            "vllm:num_requests_waiting": 0.0,
+            "vllm:kv_cache_usage_perc": 0.2,
+            "vllm:num_preemptions_total": 0.0,
+        }
+        return [Sample(Labels.of(name, server=SERVER), now_ms, value) for name, value in figures.items()]
+
+
+class World:
+    """Everything, and the switches. `tick()` is one second."""
+
+    def __init__(
+        self, seed: int = 0, rule_groups: tuple[rules.CompiledGroup, ...] | None = None, **remediation
+    ) -> None:
+        self.random = random.Random(seed)
+        self.clock = ManualClock(START_MS)
+        self.settings = config.Settings(
+            host="sim",
+            servers=[config.ServerSettings(name=SERVER, start_deadline=config.Duration(60 * SECOND))],
+            remediation=_remediation_settings(**remediation),
+        )
+        self.groups = shipped_groups() if rule_groups is None else rule_groups
+        self.nvml = FakeNvml()
+        self.server = SimServer(self)
+        self.supervisor = SimSupervisor(self, self.server)
+        self.slack, self.ding = SimChat(self, "slack"), SimChat(self, "ding")
+        self.health, self.metrics = SimHealth(self), SimMetrics(self)
+        self.store = Store(None)
+        self.transcript: list[str] = []
+        self.kill_at: str | None = None
+        self.down_until_ms: int | None = None
+        self.hold_ms: dict[str, int] = {}
+        self._terminal: dict[str, Phase] = {}
+        self.boot()
+
+    @property
+    def now_ms(self) -> int:
+        return self.clock.now_ms()
+
+    def boot(self) -> None:
+        """Start the daemon on whatever rows there are."""
+        self.store.reload(self.now_ms)
+        self.cycle = Cycle(
+            Parts(
+                settings=self.settings,
+                store=self.store,
+                sources=[NvmlSource(self.nvml, names=self.nvml), self.health, self.metrics],
+                groups=self.groups,
+                supervisors={SERVER: self.supervisor},
+                notifiers={"slack": self.slack, "ding": self.ding},
+                started_at_ms=self.now_ms,
+                jitter=self.random.random,
+            )
+        )
+        self.due_ms: dict[str, int] = {}
+
+    def configure(self, **remediation) -> None:
+        """The operator edits the settings; takes effect at the next boot or reload."""
+        self.settings = msgspec.structs.replace(
+            self.settings, remediation=_remediation_settings(**remediation)
+        )
+
+    def tick(self) -> None:
+        """One second goes by; the daemon runs if it is up; then the invariants hold."""
+        self.clock.advance(SECOND)
+        self.supervisor._go_on(self.now_ms)
+        if self.down_until_ms is not None:
+            if self.now_ms < self.down_until_ms:
+                return
+            self.down_until_ms = None
+            self.boot()
+        try:
+            self._run_jobs()
+        except Killed:
+            self.down_until_ms = self.now_ms + self.random.choice([1, 2, 5, 30]) * SECOND
+        self.check()
+
+    def run_for(self, ms: int) -> None:
+        for _ in range(ms // SECOND):
+            self.tick()
+
+    def _run_jobs(self) -> None:
+        for job in self.cycle.jobs():
+            if self.now_ms >= self.due_ms.get(job.name, 0):
+                self.due_ms[job.name] = self.now_ms + job.every_ms
+                self.cycle.guarded(job, self.now_ms)
+
+    # -- faults ----------------------------------------------------------------------------------
+
+    def kill_daemon(self, where: str | None = None) -> None:
+        """Now, or at the named point the next time it is passed."""
+        if where is None:
+            self.down_until_ms = self.now_ms + self.random.choice([1, 3, 20]) * SECOND
+        else:
+            self.kill_at = where
+
+    def maybe_kill(self, where: str) -> None:
+        if self.kill_at == where:
+            self.kill_at = None
+            raise Killed
+
+    def pause(self, until_ms: int | None = None) -> None:
+        self.wish({"paused_until_ms": str(until_ms or 1 << 53)})
+
+    def resume(self) -> None:
+        self.wish({"paused_until_ms": None, "resumed_at_ms": str(self.now_ms)})
+
+    def wish(self, settings) -> None:
+        """What the command line does, in the database of this world; on a full disk it says no."""
+        with contextlib.suppress(StoreError):
+            self.store.save(Changes(settings=settings), self.store.last_tick_ms() or self.now_ms)
+
+    def full_disk(self, full: bool) -> None:
+        """A real SQLITE_FULL: the database may not grow by a page more."""
+        with self.store._database.reading("see how large it is") as connection:
+            pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+            connection.exec_driver_sql(f"PRAGMA max_page_count = {pages if full else 1 << 30}")
+
+    # -- what may never happen --------------------------------------------------------------------
+
+    def check_restart_is_due(self, now_ms: int) -> None:
+        """Asked at the moment of the deed: a wrong restart is worse than a missed one."""
+        server = self.server
+        silent_ms = now_ms - server.busy_since_ms if server.up and server.busy else UNANSWERED_MS
+        assert silent_ms >= UNANSWERED_MS, "restarted a server that was merely busy"
+        assert not server.stopped_by_operator, "restarted what an operator had stopped"
+        assert not (server.alive and not server.up), "restarted a server that was starting"
+        assert server.busy or not server.well, "restarted a server that was well"
+        settings = self.store.settings()
+        paused_ms = int(settings.get("paused_until_ms", "0"))
+        assert now_ms >= paused_ms, "acted while paused"
+        assert self.settings.remediation.mode != config.RemediationSettings().mode, "acted in observe mode"
+        budget = self.settings.remediation.budget
+        recent = [at_ms for at_ms in self.supervisor.restarts if at_ms > now_ms - budget.per]
+        assert len(recent) < budget.count, f"more than {budget.count} restarts in {budget.per} ms"
+
+    def check(self) -> None:
+        live = self.store.live_remediations()
+        assert len({r.plan.server for r in live}) == len(live), "two live remediations on one server"
+        for r in self.store.remediations(limit=50):
+            before = self._terminal.get(r.plan.id)
+            assert before is None or before is r.phase, f"{r.plan.id} left its end {before} for {r.phase}"
+            if r.phase not in LIVE_PHASES:
+                self._terminal[r.plan.id] = r.phase
+            assert not r.plan.dry_run or r.phase is Phase.REHEARSED, "a dry run went further than words"
+        assert self.cycle.troubles.internal_errors == 0, self.cycle.troubles.present
+
+    def check_all_was_told(self) -> None:
+        """At the end: every beginning and end of an alert reached each chat, in order."""
+        expected = [
+            (t.alert.rule, str(t.now))
+            for _, t in sorted(self.store.transitions(limit=100_000))
+            if t.now in {AlertState.FIRING, AlertState.RESOLVED}
+        ]
+        for chat in (self.slack, self.ding):
+            told = [(m.alert, m.state) for m in _once(chat.received) if m.kind == "alert"]
+            assert told == expected, f"{chat.name} was told {told}, happened {expected}"
+
+    def heal(self) -> None:
+        """End every fault, so that what is owed can be paid."""
+        self.slack.down = self.slack.gone = self.ding.down = self.ding.gone = False
+        self.slack.limited_until_ms = self.ding.limited_until_ms = 0
+        self.supervisor.unreachable = self.supervisor.forbids = self.health.hangs = False
+        self.kill_at = None
+        self.full_disk(False)
+
+
+def _once(messages: list[notify.Message]) -> list[notify.Message]:
+    """A message sent twice around a kill is the same message."""
+    seen, once = set(), []
+    for message in messages:
+        key = (message.id, message.kind, message.state, message.at_ms)
+        if key not in seen:
+            seen.add(key)
+            once.append(message)
+    return once
+
+
+def _remediation_settings(**given) -> config.RemediationSettings:
+    durations = {k: config.Duration(v) if isinstance(v, int) else v for k, v in given.items()}
+    return config.RemediationSettings(**durations)
+
+
+_cache: dict[str, tuple[rules.CompiledGroup, ...]] = {}
+
+
+def shipped_groups() -> tuple[rules.CompiledGroup, ...]:
+    """The rules that gpuwatch ships, compiled once."""
+    if "shipped" not in _cache:
+        folder = Path(__file__).parent.parent / "rules"
+        _cache["shipped"] = rules.compile_groups(config.load_rules(sorted(folder.glob("*.yaml"))))
+    return _cache["shipped"]
