@@ -226,6 +226,9 @@ class World:
         self.down_until_ms: int | None = None
         self.hold_ms: dict[str, int] = {}
         self._terminal: dict[str, Phase] = {}
+        self._begun: set[str] = set()
+        self.booted_at_ms = self.health_hangs_ms = 0
+        self.jumped_at_ms = 0
         self.boot()
 
     @property
@@ -234,6 +237,7 @@ class World:
 
     def boot(self) -> None:
         """Start the daemon on whatever rows there are."""
+        self.booted_at_ms = self.now_ms
         self.store.reload(self.now_ms)
         self.cycle = Cycle(
             Parts(
@@ -258,6 +262,7 @@ class World:
     def tick(self) -> None:
         """One second goes by; the daemon runs if it is up; then the invariants hold."""
         self.clock.advance(SECOND)
+        self.health_hangs_ms = self.health_hangs_ms + SECOND if self.health.hangs else 0
         self.supervisor._go_on(self.now_ms)
         if self.down_until_ms is not None:
             if self.now_ms < self.down_until_ms:
@@ -294,6 +299,12 @@ class World:
             self.kill_at = None
             raise Killed
 
+    def jump(self, ms: int) -> None:
+        """The host slept, or its clock was set."""
+        self.clock.advance(ms)
+        if ms > MINUTE:
+            self.jumped_at_ms = self.now_ms
+
     def pause(self, until_ms: int | None = None) -> None:
         self.wish({"paused_until_ms": str(until_ms or 1 << 53)})
 
@@ -329,12 +340,37 @@ class World:
         recent = [at_ms for at_ms in self.supervisor.restarts if at_ms > now_ms - budget.per]
         assert len(recent) < budget.count, f"more than {budget.count} restarts in {budget.per} ms"
 
+    def check_begun(self, r) -> None:
+        """What must hold when gpuwatch decides to act, seen from outside."""
+        limits, server = self.settings.remediation, self.server
+        settings = self.store.settings()
+        past = [p for p in self.store.remediations(limit=50) if p.plan.id != r.plan.id and not p.plan.dry_run]
+        ended = [p.since_ms for p in past if p.phase not in LIVE_PHASES]
+        assert r.created_at_ms - max(ended, default=0) >= limits.cooldown, (
+            "began before the cooldown was over"
+        )
+        assert r.created_at_ms >= int(settings.get("paused_until_ms", "0")), "began while paused"
+        resumed_ms = int(settings.get("resumed_at_ms", "0"))
+        failed = [p for p in past if p.phase is Phase.FAILED and p.since_ms >= resumed_ms]
+        assert not failed, "began although one had failed and nobody had looked"
+        recent = [p for p in past if p.asked_at_ms and p.created_at_ms > r.created_at_ms - limits.budget.per]
+        assert len(recent) < limits.budget.count, "began although the budget was spent"
+        assert r.created_at_ms - self.booted_at_ms >= limits.just_started_grace, "began when just started"
+        assert r.created_at_ms - self.jumped_at_ms >= limits.just_started_grace, "began after a jump of time"
+        assert not self.supervisor.unreachable, "began without knowing what the supervisor sees"
+        assert not self.health.hangs or self.health_hangs_ms < 30 * SECOND, "began on old news"
+        is_coming_up = server.alive and not server.up and self.supervisor.restarts[-1:] != [r.created_at_ms]
+        assert not is_coming_up, "began while the server was starting"
+
     def check(self) -> None:
         live = self.store.live_remediations()
         assert len({r.plan.server for r in live}) == len(live), "two live remediations on one server"
         for r in self.store.remediations(limit=50):
             before = self._terminal.get(r.plan.id)
             assert before is None or before is r.phase, f"{r.plan.id} left its end {before} for {r.phase}"
+            if not r.plan.dry_run and r.plan.id not in self._begun:
+                self._begun.add(r.plan.id)
+                self.check_begun(r)
             if r.phase not in LIVE_PHASES:
                 self._terminal[r.plan.id] = r.phase
             assert not r.plan.dry_run or r.phase is Phase.REHEARSED, "a dry run went further than words"

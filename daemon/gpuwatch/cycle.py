@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final
 
 from gpuwatch import notify, remediation, rules, servers
 from gpuwatch.errors import NotifyError, ServerError, SourceError, StoreError
+from gpuwatch.promql import Matcher
 from gpuwatch.records import (
     LIVE_PHASES,
     STALE,
@@ -41,6 +42,7 @@ from gpuwatch.records import (
     SupervisorPhase,
     SupervisorState,
     Transition,
+    is_stale,
 )
 from gpuwatch.store import Changes
 from gpuwatch.troubles import Troubles
@@ -61,6 +63,8 @@ _PRUNE_MS: Final = 600_000
 _HEALTH_LOOKBACK_MS: Final = 15_000
 _MESSAGES_A_TURN: Final = 10
 _HISTORY: Final = 100
+# What gpuwatch says itself; every other series comes from a source.
+_OWN: Final = ("ALERTS", "gpuwatch_", "server_down", "server_phase", "server_start_seconds")
 _UNKNOWN: Final = SupervisorState(phase=SupervisorPhase.UNKNOWN)
 
 
@@ -123,6 +127,7 @@ class Cycle:
         self.jumped_at_ms: int | None = None
         self.last_report = Report(at_ms=parts.started_at_ms, summary="starting")
         self._unread = {source.name for source in parts.sources}
+        self._all_seen = False
         self._series: dict[str, set[Labels]] = {}
         self._supervision: dict[str, SupervisorState] = {}
         self._slots: dict[str, int] = {}
@@ -185,12 +190,21 @@ class Cycle:
         self._notice_jump(now_ms)
         if self._unread and now_ms - self.parts.started_at_ms < _FIRST_READ_WAIT_MS:
             return self.last_report  # judging what was not yet read would end alerts that go on
+        self._end_what_went_unseen(now_ms)
         wishes = remediation.Wishes.of(self.store.settings())
         judged = self._judge(now_ms)
         decisions, begun = self._decide(judged, wishes, now_ms)
-        advanced, asks = self._advance(judged, begun, wishes, now_ms)
+        live = self.store.live_remediations()
+        advanced, asks = self._advance(judged, [*live, *begun], wishes, now_ms)
         refusals = [decision for decision in decisions.values() if isinstance(decision, Refusal)]
-        messages = self._words(judged, decisions, advanced, now_ms)
+        messages = notify.messages_of_tick(
+            transitions=judged.transitions,
+            decisions=decisions,
+            remediations=advanced,
+            before=live,
+            host=self.settings.host,
+            now_ms=now_ms,
+        )
         self._append_own_samples(now_ms)
         self.store.save(
             Changes(
@@ -213,6 +227,17 @@ class Cycle:
         self._act(asks, now_ms)
         self.last_report = self._report(judged, advanced, refusals, now_ms)
         return self.last_report
+
+    def _end_what_went_unseen(self, now_ms: int) -> None:
+        """Once all sources are read: end the series that were there before gpuwatch began, and are no more.
+
+        Else what ended while it was down would live on for the five minutes that a query looks back.
+        """
+        if self._all_seen or self._unread:
+            return
+        self._all_seen = True
+        gone = [labels for labels in self.store.silent_since(self.parts.started_at_ms) if _is_read(labels)]
+        self.store.append([Sample(labels, now_ms, STALE) for labels in gone])
 
     def _judge(self, now_ms: int) -> _Judged:
         """Which phase each server is in, and which alerts are active."""
@@ -242,29 +267,38 @@ class Cycle:
         known = self.store.servers()
         states = {}
         for server in self.settings.servers:
-            was, health = known.get(server.name), self._health(server, now_ms)
-            if health is None:  # blind, which says nothing about the server: it stays as it was last seen
+            was, answer = known.get(server.name), self._health(server, now_ms)
+            if answer is None:  # blind, which says nothing about the server: it stays as it was last seen
                 states[server.name] = was or _unseen(server.name, now_ms)
                 continue
             states[server.name] = servers.judge(
                 was,
                 name=server.name,
                 supervisor=self._supervision.get(server.name, _UNKNOWN),
-                health=health,
+                answer=answer,
                 now_ms=now_ms,
                 start_deadline_ms=server.start_deadline,
             )
             self.store.append(servers.samples(states[server.name]))
         return states
 
-    def _health(self, server: ServerSettings, now_ms: int) -> servers.Health | None:
+    def _health(self, server: ServerSettings, now_ms: int) -> servers.HealthAnswer | None:
         """The newest answer of `/health`; None if it was not asked of late."""
-        for labels, value in self.store.last("server_health_ok", now_ms, _HEALTH_LOOKBACK_MS).items():
-            if labels.get("server") == server.name:
-                return servers.Health.OK if value else servers.Health.FAILING
-        asked = self.store.last("server_health_timeout", now_ms, _HEALTH_LOOKBACK_MS)
-        is_asked = any(labels.get("server") == server.name for labels in asked)
-        return servers.Health.UNKNOWN if is_asked else None
+        at_ms, is_late = self._newest("server_health_timeout", server.name, now_ms)
+        if is_late is None:
+            return None
+        _, is_ok = self._newest("server_health_ok", server.name, now_ms)
+        if is_late or is_ok is None:
+            return servers.HealthAnswer(servers.Health.UNKNOWN, at_ms)
+        return servers.HealthAnswer(servers.Health.OK if is_ok else servers.Health.FAILING, at_ms)
+
+    def _newest(self, metric: str, server: str, now_ms: int) -> tuple[int, float | None]:
+        """The newest sample of a server's metric, unless it ended or is old."""
+        matchers = [Matcher("__name__", "=", metric), Matcher("server", "=", server)]
+        for series in self.store.select(matchers, now_ms - _HEALTH_LOOKBACK_MS, now_ms):
+            if series.values and not is_stale(series.values[-1]):
+                return series.at_ms[-1], series.values[-1]
+        return now_ms, None
 
     def _decide(
         self, judged: _Judged, wishes: remediation.Wishes, now_ms: int
@@ -318,11 +352,11 @@ class Cycle:
         return next(iter(states.values())) if len(states) == 1 else None
 
     def _advance(
-        self, judged: _Judged, begun: Iterable[Remediation], wishes: remediation.Wishes, now_ms: int
+        self, judged: _Judged, live: Iterable[Remediation], wishes: remediation.Wishes, now_ms: int
     ) -> tuple[list[Remediation], list[tuple[Remediation, Step]]]:
         """Every live remediation one cycle further, and what to ask of the servers."""
         advanced, asks = [], []
-        for present in [*self.store.live_remediations(), *begun]:
+        for present in live:
             moved, step = remediation.advance(present, self._seen(present, judged, wishes, now_ms), now_ms)
             advanced.append(moved)
             if step:
@@ -368,30 +402,16 @@ class Cycle:
 
     # -- tell ------------------------------------------------------------------------------------
 
-    def _words(
-        self,
-        judged: _Judged,
-        decisions: Mapping[tuple[str, Labels], Plan | Refusal],
-        advanced: Sequence[Remediation],
-        now_ms: int,
-    ) -> list[notify.Message]:
-        """What people are told of this tick."""
-        return notify.messages_of_tick(
-            transitions=judged.transitions,
-            decisions=decisions,
-            remediations=advanced,
-            before=self.store.live_remediations(),
-            host=self.settings.host,
-            now_ms=now_ms,
-        )
-
     def tell(self, receiver: str, now_ms: int) -> None:
         """Send what is due to one receiver, oldest first, as fast as it likes."""
         notifier = self.parts.notifiers[receiver]
         for _ in range(_MESSAGES_A_TURN):
+            unsent = self.store.unsent(receiver, limit=1)
+            if not unsent:
+                return
             state = notify.receiver_state(receiver, self.store.receivers().get(receiver))
             sent_ms = self.store.sent_since(receiver, now_ms - notifier.pace.per_ms)
-            due = notify.next_due(state, self.store.unsent(receiver, limit=1), sent_ms, notifier.pace, now_ms)
+            due = notify.next_due(state, unsent, sent_ms, notifier.pace, now_ms)
             if due is None:
                 return
             try:
@@ -402,7 +422,7 @@ class Cycle:
                 row, state = notify.after_failure(due, state, error, now_ms, self.parts.jitter())
                 self.troubles.say(f"receiver {receiver}", str(error))
             changes = Changes(notifications=[row], receivers={receiver: notify.state_json(state)})
-            self.store.save(changes, now_ms)
+            self.store.save(changes, None)
 
     def prune(self, now_ms: int) -> None:
         """Delete samples that are older than the settings keep, and give up news that is a day old."""
@@ -410,7 +430,7 @@ class Cycle:
         for name in self.parts.notifiers:
             rows = notify.expired(self.store.unsent(name, limit=1000), now_ms)
             if rows:
-                self.store.save(Changes(notifications=rows), now_ms)
+                self.store.save(Changes(notifications=rows), None)
 
     # -- the daemon's view of itself -------------------------------------------------------------
 
@@ -475,6 +495,10 @@ class Cycle:
             remediations=advanced,
             refusals=refusals,
         )
+
+
+def _is_read(labels: Labels) -> bool:
+    return not labels.metric.startswith(_OWN)
 
 
 def _identity(alert: Alert) -> tuple[str, Labels]:

@@ -1,5 +1,6 @@
 """A real vLLM server without GPU, as a plain process of gpuwatch: it is back when its engine has died."""
 
+import contextlib
 import json
 import os
 import signal
@@ -13,10 +14,15 @@ import pytest
 import requests
 from tests.receivers import DingTalkStandIn, SlackStandIn
 
+from gpuwatch.notify import Tone
+from gpuwatch.records import ServerPhase
+from gpuwatch.store import open_read_only
+
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT.parent / "shared" / "tools" / "vllm_cpu.sh"
 BUILD = Path(os.environ.get("GPUWATCH_VLLM_BUILD", ROOT / "build" / "vllm"))
 PORT = 18231
+ALL_TOLD = [Tone.FIRING, Tone.RESOLVED, Tone.FIXED]
 CONFIG = """\
 state_dir: {state}
 remediation: {{mode: auto, just_started_grace: 2s, verify_for: 10s}}
@@ -54,79 +60,165 @@ def vllm():
     return venv, model / "tiny"
 
 
-def gpuwatch(*words, config):
-    command = [sys.executable, "-m", "gpuwatch", *words, "--config", str(config)]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+def test_an_engine_that_is_killed_is_back_through_gpuwatch_and_both_chats_know(vllm, tmp_path):
+    with SlackStandIn() as slack, DingTalkStandIn("SEC-v") as ding:
+        story = Story(write_config(tmp_path, vllm, slack, ding), slack, ding)
+        assert not story.healthy(), f"somebody else answers on port {PORT}"
+        story.start_gpuwatch()
+        try:
+            story.server_starts_and_is_not_called_down()
+            story.engine_dies_and_is_back()
+            story.server_outlives_gpuwatch()
+        finally:
+            story.end()
 
 
-def wait_for(what, within_s, question):
-    end = time.monotonic() + within_s
-    while time.monotonic() < end:
-        if question():
-            return
-        time.sleep(0.5)
-    pytest.fail(f"{what}: not within {within_s} s")
+def write_config(folder, vllm, slack, ding):
+    venv, model = vllm
+    (folder / "slack_url").write_text(slack.url)
+    (folder / "ding_url").write_text(ding.url)
+    (folder / "ding_secret").write_text("SEC-v")
+    config = folder / "gpuwatch.yaml"
+    config.write_text(CONFIG.format(state=folder, port=PORT, tool=TOOL, model=model, venv=venv))
+    return config
 
 
-def healthy():
-    try:
-        return requests.get(f"http://127.0.0.1:{PORT}/health", timeout=5).status_code == 200
-    except requests.RequestException:
+class Story:
+    """What happens, and when: `at_s` counts from the death of the engine."""
+
+    def __init__(self, config, slack, ding):
+        self.config, self.slack, self.ding = config, slack, ding
+        self.daemon = None
+        self.sessions = set()  # of the servers that were started here
+        self.died_s = time.monotonic()
+
+    def server_starts_and_is_not_called_down(self):
+        began_s = time.monotonic()
+        self.gpuwatch("server", "start", "m")
+        self.wait_for("healthy after its start", 240, self.healthy)
+        print(f"\nhealthy {time.monotonic() - began_s:.1f} s after `gpuwatch server start`")
+        self.wait_for("serving", 20, lambda: self.seen().phase is ServerPhase.SERVING)
+        assert self.told(self.slack) == self.told(self.ding) == [], "a server that is starting is not down"
+        self.answers_a_prompt()
+
+    def engine_dies_and_is_back(self):
+        old = self.leader()
+        old_pids = self.processes()
+        (engine,) = self.engines()
+        print(f"processes {[p.name() for p in old_pids]}")
+        self.died_s = time.monotonic()
+        engine.kill()
+        self.wait_for("the alarm in Slack", 15, lambda: Tone.FIRING in self.told(self.slack))
+        self.wait_for("the alarm in DingTalk", 5, lambda: Tone.FIRING in self.told(self.ding))
+        self.wait_for("the old processes gone", 60, lambda: not any(map(is_running, old_pids)))
+        self.wait_for("a new process", 10, lambda: self.leader() not in {None, old})
+        self.wait_for("a new engine", 240, self.engines)
+        self.wait_for("healthy again", 240, self.healthy)
+        self.wait_for("success in Slack", 60, lambda: Tone.FIXED in self.told(self.slack))
+        self.wait_for("success in DingTalk", 5, lambda: Tone.FIXED in self.told(self.ding))
+        self.answers_a_prompt()
+        for chat in (self.slack, self.ding):
+            assert self.told(chat) == ALL_TOLD, chat.name
+        (remediation,) = self.status()["remediations"]
+        assert (remediation["phase"], remediation["server"]) == ("succeeded", "m")
+
+    def server_outlives_gpuwatch(self):
+        pid = self.leader()
+        self.stop_gpuwatch()
+        assert self.healthy(), "gpuwatch took the server down with itself"
+        seen_ms = self.seen().seen_at_ms
+        self.start_gpuwatch()
+        self.wait_for("seen by the next gpuwatch", 20, lambda: self.seen().seen_at_ms > seen_ms + 5000)
+        assert (self.seen().phase, self.seen().supervisor.pid) == (ServerPhase.SERVING, pid)
+        assert self.told(self.slack) == ALL_TOLD, "a restart is no news"
+        assert self.leader() == pid
+
+    # -- the parts ---------------------------------------------------------------------------------
+
+    def start_gpuwatch(self):
+        command = [sys.executable, "-m", "gpuwatch", "run", "--config", str(self.config)]
+        self.daemon = subprocess.Popen(command)
+
+    def stop_gpuwatch(self):
+        self.daemon.send_signal(signal.SIGTERM)
+        assert self.daemon.wait(30) == 0
+
+    def gpuwatch(self, *words):
+        command = [sys.executable, "-m", "gpuwatch", *words, "--config", str(self.config)]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    def status(self):
+        return json.loads(self.gpuwatch("status", "--json"))
+
+    def seen(self):
+        """The server as gpuwatch sees it."""
+        with open_read_only(self.config.parent / "gpuwatch.db") as view:
+            return view.servers()["m"]
+
+    def leader(self):
+        """The server's main process by the state file; None between two of them."""
+        leader = json.loads((self.config.parent / "process-m.json").read_text())["leader"]
+        if leader is None:
+            return None
+        self.sessions.add(leader["pid"])
+        return leader["pid"]
+
+    def processes(self):
+        """The living processes of the servers that were started here, also of one whose leader is dead."""
+        self.leader()
+        return [p for p in psutil.process_iter() if session_of(p.pid) in self.sessions and is_running(p)]
+
+    def engines(self):
+        return [p for p in self.processes() if p.name().startswith("VLLM::EngineCor")]
+
+    def healthy(self):
+        with contextlib.suppress(requests.RequestException):
+            return requests.get(f"http://127.0.0.1:{PORT}/health", timeout=5).status_code == 200
         return False
 
+    def answers_a_prompt(self):
+        body = {"model": "m", "prompt": [5, 6, 7], "max_tokens": 8, "ignore_eos": True}
+        answer = requests.post(f"http://127.0.0.1:{PORT}/v1/completions", json=body, timeout=60)
+        assert answer.json()["usage"]["completion_tokens"] == 8
 
-def engines(state):
-    pid = json.loads((state / "process-m.json").read_text())["pid"]
-    children = psutil.Process(pid).children(recursive=True)
-    return [child for child in children if child.name().startswith("VLLM::EngineCor")]
+    def told(self, chat):
+        """What a chat was told of the server, in order; not that this host has no GPU."""
+        texts = [json.dumps(payload, ensure_ascii=False) for payload in chat.received]
+        return [tone_of(text) for text in texts if "VLLMDown" in text]
 
+    def wait_for(self, what, within_s, question):
+        end = time.monotonic() + within_s
+        while time.monotonic() < end:
+            if question():
+                print(f"{what}: {time.monotonic() - self.died_s:.1f} s")
+                return
+            time.sleep(0.1)
+        pytest.fail(f"{what}: not within {within_s} s; told: {self.told(self.slack)}")
 
-def test_an_engine_that_is_killed_is_back_through_gpuwatch_and_both_chats_know(vllm, tmp_path):
-    venv, model = vllm
-    with SlackStandIn() as slack, DingTalkStandIn("SEC-v") as ding:
-        (tmp_path / "slack_url").write_text(slack.url)
-        (tmp_path / "ding_url").write_text(ding.url)
-        (tmp_path / "ding_secret").write_text("SEC-v")
-        config = tmp_path / "gpuwatch.yaml"
-        config.write_text(CONFIG.format(state=tmp_path, port=PORT, tool=TOOL, model=model, venv=venv))
-        daemon = subprocess.Popen([sys.executable, "-m", "gpuwatch", "run", "--config", str(config)])
-        try:
-            tell_the_story(tmp_path, config, slack, ding)
-        finally:
-            daemon.send_signal(signal.SIGTERM)
-            daemon.wait(30)
-            assert healthy(), "gpuwatch took the server down with itself"
-            end_server(tmp_path)
-
-
-def tell_the_story(state, config, slack, ding):
-    gpuwatch("server", "start", "m", config=config)
-    time.sleep(10)
-    assert slack.received == [], "a server that is starting is not down"
-    wait_for("healthy after its start", 240, healthy)
-    body = {"model": "m", "prompt": [5, 6, 7], "max_tokens": 8, "ignore_eos": True}
-    assert requests.post(f"http://127.0.0.1:{PORT}/v1/completions", json=body, timeout=60).ok
-    wait_for("serving in `gpuwatch status`", 20, lambda: server(config)["phase"] == "serving")
-    (engine,) = engines(state)
-    engine.send_signal(signal.SIGKILL)
-    wait_for("the alarm", 15, lambda: any("VLLMDown" in json.dumps(p) for p in slack.received))
-    wait_for(
-        "healthy again", 300, lambda: healthy() and engines(state) and engines(state)[0].pid != engine.pid
-    )
-    wait_for("success told", 60, lambda: any("FIXED" in json.dumps(p) for p in slack.received))
-    wait_for(
-        "DingTalk told", 60, lambda: any("已修复" in json.dumps(p, ensure_ascii=False) for p in ding.received)
-    )
+    def end(self):
+        """Ours alone: our daemon, and the sessions that gpuwatch started for this test."""
+        with contextlib.suppress(ProcessLookupError):
+            self.daemon.kill()
+            self.daemon.wait()
+        with contextlib.suppress(FileNotFoundError):
+            ours = self.processes()
+            for process in ours:
+                process.kill()
+            psutil.wait_procs(ours, timeout=30)
 
 
-def server(config):
-    return json.loads(gpuwatch("status", "--json", config=config))["servers"][0]
+def tone_of(text):
+    (tone,) = [tone for tone in Tone if tone.value in text]
+    return tone
 
 
-def end_server(state):
-    """Ours alone: the process group that gpuwatch started for this test."""
-    pid = json.loads((state / "process-m.json").read_text())["pid"]
-    group = [p for p in psutil.process_iter() if p.pid == pid or pid in {q.pid for q in p.parents()}]
-    for process in group:
-        process.kill()
-    psutil.wait_procs(group, timeout=30)
+def is_running(process):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def session_of(pid):
+    with contextlib.suppress(ProcessLookupError):
+        return os.getsid(pid)
+    return None

@@ -154,8 +154,8 @@ def test_settings_choose_the_supervisor(tmp_path):
         supervisor_of(ServerSettings(name="c"), tmp_path)
 
 
-def test_a_server_neither_feeds_our_watchdog_nor_reads_our_secrets(tmp_path, monkeypatch):
-    for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "CREDENTIALS_DIRECTORY"):
+def test_a_server_gets_neither_our_watchdog_nor_our_secrets_nor_our_python_options(tmp_path, monkeypatch):
+    for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "CREDENTIALS_DIRECTORY", "PYTHONOPTIMIZE"):
         monkeypatch.setenv(name, "/run/ours")
     process = SupervisorSettings(process=ProcessSettings(command=["sleep", "1"]))
     made = process_of(ServerSettings(name="b", supervisor=process), tmp_path)

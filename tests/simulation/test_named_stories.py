@@ -166,7 +166,7 @@ def test_when_the_eyes_fail_nothing_is_concluded():
 def test_after_the_host_slept_it_waits_before_it_acts():
     world = served(just_started_grace=30 * SECOND)
     world.server.die()
-    world.clock.advance(60 * MINUTE)
+    world.jump(60 * MINUTE)
     world.run_for(20 * SECOND)
     assert world.supervisor.restarts == []
     assert [r.code for r in world.store.refusals()] == ["clock_jumped"]
@@ -193,3 +193,26 @@ def test_a_lost_gpu_is_told_and_ends_when_it_is_back():
     world.nvml.devices[0].lost = False
     world.run_for(MINUTE)
     assert ("GPULost", "resolved") in [(m.alert, m.state) for m in world.slack.received]
+
+
+def test_a_server_that_a_hand_restarts_within_the_second_of_its_death_is_left_alone():
+    """Found as story 43: the last good answer was newer than the new process, which so seemed healthy."""
+    world = served()
+    world.server.die()
+    world.server.start()
+    world.run_for(60 * SECOND)
+    assert world.supervisor.restarts == []
+    assert world.server.well
+
+
+def test_a_series_that_ended_while_gpuwatch_was_down_has_ended_when_it_is_back():
+    """Found by kill -9: a process that was gone at the restart was called foreign for five minutes more."""
+    world = served()
+    waiting = "vllm:num_requests_waiting"
+    assert world.store.last(waiting, world.now_ms)
+    world.kill_daemon()
+    world.server.die()
+    world.server.stopped_by_operator = True
+    world.run_for(30 * SECOND)
+    assert world.store.last(waiting, world.now_ms) == {}
+    assert world.store.last("gpu_memory_total_bytes", world.now_ms)

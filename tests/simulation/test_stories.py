@@ -27,6 +27,23 @@ def a_death(world, rng):
     world.server.die()
 
 
+def a_run_of_deaths(world, rng):
+    for _ in range(rng.randrange(2, 6)):
+        world.server.die()
+        world.run_for(rng.randrange(20, 60) * SECOND)
+
+
+def an_operator_is_faster(world, rng):
+    if not world.server.alive and world.supervisor.stopping_until_ms is None:
+        world.server.start()
+
+
+def a_death_and_a_hand_that_starts_it(world, rng):
+    world.server.die()
+    world.run_for(rng.randrange(0, 4) * SECOND)
+    an_operator_is_faster(world, rng)
+
+
 def a_wedge(world, rng):
     world.server.wedged = world.server.up
 
@@ -86,7 +103,7 @@ def chat_trouble(world, rng):
 
 
 def a_clock_jump(world, rng):
-    world.clock.advance(rng.choice([2, 70, 3600]) * SECOND)
+    world.jump(rng.choice([2, 70, 3600]) * SECOND)
 
 
 def a_full_disk(world, rng):
@@ -97,6 +114,9 @@ INCIDENTS = [
     a_death,
     a_death,
     a_death,
+    a_run_of_deaths,
+    an_operator_is_faster,
+    a_death_and_a_hand_that_starts_it,
     a_wedge,
     a_busy_spell,
     a_daemon_kill,
@@ -123,7 +143,7 @@ def tell_story(seed: int) -> World:
         seed,
         mode=rng.choice([Mode.AUTO, Mode.AUTO, Mode.AUTO, Mode.APPROVE, Mode.OBSERVE]),
         cooldown=rng.choice([10, 30]) * SECOND,
-        just_started_grace=rng.choice([0, 5]) * SECOND,
+        just_started_grace=rng.choice([0, 5, 30]) * SECOND,
         verify_for=10 * SECOND,
         step_within=rng.choice([40, 90]) * SECOND,
         approval_expires=30 * SECOND,
@@ -144,7 +164,7 @@ def test_no_incident_makes_gpuwatch_do_harm_or_lose_a_word(chunk):
             world = tell_story(seed)
             world.heal()
             world.run_for(40 * SECOND)
-            world.clock.advance(10 * MINUTE)  # an open circuit or a long back-off of a chat is over by then
+            world.jump(10 * MINUTE)  # an open circuit or a long back-off of a chat is over by then
             world.run_for(15 * SECOND)
             world.check_all_was_told()
         except AssertionError as error:

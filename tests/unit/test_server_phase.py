@@ -7,7 +7,7 @@ import pytest
 from gpuwatch.errors import ServerError
 from gpuwatch.records import ServerPhase, Step, SupervisorPhase, SupervisorState
 from gpuwatch.servers import PlayedSupervisor
-from gpuwatch.servers.phase import Health, judge, samples
+from gpuwatch.servers.phase import Health, HealthAnswer, judge, samples
 from gpuwatch.servers.unit import Unit, state
 
 OK, FAILING, UNKNOWN = Health
@@ -39,7 +39,7 @@ def after(*looks):
             server,
             name="qwen",
             supervisor=supervisor,
-            health=health,
+            answer=HealthAnswer(health, second * 1000),
             now_ms=second * 1000,
             start_deadline_ms=DEADLINE_MS,
         )
@@ -235,3 +235,25 @@ def test_a_recorded_server_is_seen_and_left_alone():
             played.do(Step(action="restart", within_ms=1), since_ms=now_ms, now_ms=now_ms)
     assert [s.phase for s in seen] == ["active", "failed", "active", "unknown"]
     assert [s.started_at_ms for s in seen] == [1_000, 1_000, 3_000, None]
+
+
+def test_a_server_that_is_replaced_within_a_second_is_starting_whatever_the_old_one_had_answered():
+    was = after(HEALTHY)
+    late = judge(
+        was,
+        name="qwen",
+        supervisor=up(started_s=11),
+        answer=HealthAnswer(OK, 10_900),  # asked before the new process began
+        now_ms=12_000,
+        start_deadline_ms=DEADLINE_MS,
+    )
+    assert late.last_healthy_ms == 10_000
+    failing = judge(
+        late,
+        name="qwen",
+        supervisor=up(started_s=11),
+        answer=HealthAnswer(FAILING, 12_900),
+        now_ms=13_000,
+        start_deadline_ms=DEADLINE_MS,
+    )
+    assert (failing.phase, failing.starting_since_ms) == (DOWN, 11_000)

@@ -162,9 +162,13 @@ def _alert(alert: Any, refusals: Sequence[Refusal], remediations: Iterable[Remed
         "fired_at_ms": alert.fired_at_ms,
         "summary": alert.annotations.get("summary", ""),
         "annotations": dict(alert.annotations),
-        "refusal": {"code": why[0].code, "facts": dict(why[0].facts)} if why else None,
+        "refusal": _refusal(why[0]) if why else None,
         "remediation": by[0].plan.id if by else None,
     }
+
+
+def _refusal(r: Refusal) -> Seen:
+    return {"code": r.code, "facts": dict(r.facts), "steps": list(r.steps), "server": r.server}
 
 
 def _remediation(r: Remediation) -> Seen:
@@ -238,9 +242,16 @@ def _alerts_block(seen: Seen, lang: str) -> str:
 
 
 def _why(alert: Seen, lang: str) -> str:
-    if alert["refusal"]:
-        return notify.words(alert["refusal"]["code"], lang, **alert["refusal"]["facts"])
-    return f"remediation {alert['remediation']}" if alert["remediation"] else ""
+    """What is done about it, or what would be and why it is not."""
+    refusal = alert["refusal"]
+    if not refusal:
+        return f"remediation {alert['remediation']}" if alert["remediation"] else ""
+    why = notify.words(refusal["code"], lang, **refusal["facts"])
+    if not refusal["steps"]:
+        return notify.words("did.nothing", lang, why=why)
+    steps = notify.words("join.steps", lang).join(notify.words(f"step.{s}", lang) for s in refusal["steps"])
+    dry = notify.words("suffix.dry_run", lang) if refusal["code"] == "observe_mode" else ""
+    return notify.words("did.refused", lang, steps=steps, server=refusal["server"], dry=dry, why=why)
 
 
 def _remediations_block(seen: Seen, lang: str) -> str:

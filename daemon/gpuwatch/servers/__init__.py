@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING, Final, Protocol
 
 from gpuwatch.errors import ServerError
-from gpuwatch.servers.phase import Health, judge, samples
+from gpuwatch.servers.phase import Health, HealthAnswer, judge, samples
 from gpuwatch.servers.played import PlayedSupervisor
 from gpuwatch.servers.process import ProcessSupervisor
 from gpuwatch.servers.systemd import SystemdSupervisor
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SUPERVISORS",
     "Health",
+    "HealthAnswer",
     "PlayedSupervisor",
     "ProcessSupervisor",
     "Supervisor",
@@ -96,7 +97,8 @@ SUPERVISORS: Final[Mapping[str, Callable[[ServerSettings, Path], Supervisor]]] =
 }
 """What makes a supervisor of a server's settings, by the kind's key in `supervisor:`."""
 
-# What systemd gives to gpuwatch itself: a server must neither feed our watchdog nor read our secrets.
+# What systemd and our unit give to gpuwatch itself: a server must neither feed our watchdog, nor read our
+# secrets, nor run without its own asserts and docstrings.
 _OURS_ALONE: Final = frozenset(
     {
         "NOTIFY_SOCKET",
@@ -107,5 +109,13 @@ _OURS_ALONE: Final = frozenset(
         "JOURNAL_STREAM",
         "LISTEN_FDS",
         "LISTEN_PID",
+        "SYSTEMD_EXEC_PID",
+        "STATE_DIRECTORY",
+        "CACHE_DIRECTORY",
+        "RUNTIME_DIRECTORY",
+        "CONFIGURATION_DIRECTORY",
+        "PYTHONOPTIMIZE",
+        "PYTHONNODEBUGRANGES",
+        "PYTHONPYCACHEPREFIX",
     }
 )

@@ -8,11 +8,14 @@ Rule 5: DOWN lasts until healthy again. While a new process comes up, `starting_
         until it dies or its start is overdue.
 Rule 6: a process that was never healthy is STARTING; when it dies, or its start is overdue, it is DOWN.
 Rule 7: never healthy and no process known is UNSEEN: not ours to call down.
+Rule 8: an answer from before a process began is the answer of the one before it: else a server that was
+        replaced within a second would count as down and not as starting, and be restarted.
 """
 
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 from typing import Final
 
 from gpuwatch.records import Labels, Sample, ServerPhase, ServerState, SupervisorPhase, SupervisorState
@@ -30,16 +33,27 @@ class Health(enum.StrEnum):
     UNKNOWN = "unknown"  # timed out or not asked: nobody can tell
 
 
+@dataclass(frozen=True, slots=True)
+class HealthAnswer:
+    """The newest look at `/health`, and when it was asked for."""
+
+    health: Health
+    asked_at_ms: int
+
+
 def judge(
     previous: ServerState | None,
     *,
     name: str,
     supervisor: SupervisorState,
-    health: Health,
+    answer: HealthAnswer,
     now_ms: int,
     start_deadline_ms: int,
 ) -> ServerState:
     """The server now. `start_deadline_ms` is how long a start may take, from process to healthy."""
+    health = answer.health
+    if health is Health.OK and (supervisor.started_at_ms or 0) >= answer.asked_at_ms:
+        health = Health.UNKNOWN  # rule 8
     was = previous or ServerState(name=name, phase=ServerPhase.UNSEEN, since_ms=now_ms, seen_at_ms=now_ms)
     began_ms = None if health is Health.OK else _start_began_ms(was, supervisor, now_ms)
     overdue = began_ms is not None and now_ms - began_ms >= start_deadline_ms
@@ -61,7 +75,7 @@ def judge(
         since_ms=was.since_ms if phase is was.phase else now_ms,
         seen_at_ms=now_ms,
         starting_since_ms=None if overdue else began_ms,
-        last_healthy_ms=now_ms if health is Health.OK else was.last_healthy_ms,
+        last_healthy_ms=answer.asked_at_ms if health is Health.OK else was.last_healthy_ms,
         unanswered_since_ms=unanswered_since_ms,
         supervisor=supervisor,
         reason=reason,
@@ -92,7 +106,7 @@ def _start_began_ms(was: ServerState, supervisor: SupervisorState, now_ms: int) 
     began_ms = supervisor.started_at_ms if supervisor.pid is not None else None
     if began_ms is None:
         began_ms = now_ms if was.starting_since_ms is None else was.starting_since_ms
-    been_healthy = was.last_healthy_ms is not None and began_ms <= was.last_healthy_ms
+    been_healthy = was.last_healthy_ms is not None and began_ms < was.last_healthy_ms
     return None if been_healthy else began_ms
 
 

@@ -169,8 +169,14 @@ def wish(path: Path, busy_ms: int = 5_000) -> Database:
 
 
 def _must_exist(path: Path) -> None:
-    if not path.exists():
-        raise StoreError(f"there is no database {path}; to cure it, start gpuwatch or name its state_dir")
+    try:
+        path.stat()
+    except FileNotFoundError:
+        message = f"there is no database {path}; to cure it, start gpuwatch or name its state_dir"
+        raise StoreError(message) from None
+    except OSError as error:
+        message = f"open the database {path}: {error.strerror}; to cure it, run as root or as gpuwatch's user"
+        raise StoreError(message) from None
 
 
 def _has_wal(path: Path) -> bool:

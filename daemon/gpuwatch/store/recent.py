@@ -96,6 +96,15 @@ class Recent:
             )
             return [series for series in found if series is not None]
 
+    def silent_since(self, at_ms: int) -> list[Labels]:
+        """The series that have not ended, and have no sample at `at_ms` or later."""
+        with self._lock:
+            return [
+                labels
+                for labels, track in self._tracks.items()
+                if track.at_ms and track.at_ms[-1] < at_ms and not is_stale(track.values[-1])
+            ]
+
     def last(self, metric: str, at_ms: int, lookback_ms: int) -> dict[Labels, float]:
         """The newest value in (at_ms - lookback_ms, at_ms] of each series of `metric` that has not ended."""
         with self._lock:

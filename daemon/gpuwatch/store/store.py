@@ -70,14 +70,18 @@ class Store(Rows):
         """The newest value of each series of `metric` that has not ended, from memory."""
         return self._recent.last(metric, at_ms, lookback_ms)
 
+    def silent_since(self, at_ms: int) -> list[Labels]:
+        """The series that have not ended, and have no sample at `at_ms` or later, from memory."""
+        return self._recent.silent_since(at_ms)
+
     def reload(self, now_ms: int) -> None:
         """Fill the memory with what was saved in (now_ms - window_ms, now_ms]; before any append."""
         with self._database.reading("read recent samples") as connection:
             for some in samples.read(connection, now_ms - self._window_ms, now_ms):
                 self._recent.append(some)
 
-    def save(self, changes: writing.Changes, at_ms: int) -> None:
-        """Save changes and queued samples in one transaction.
+    def save(self, changes: writing.Changes, tick_ms: int | None) -> None:
+        """Save changes and queued samples in one transaction; `tick_ms` is None for what is no tick.
 
         Raises:
             StoreError: nothing was saved; the samples stay queued, the changes are the caller's to repeat.
@@ -87,7 +91,7 @@ class Store(Rows):
         try:
             with self._database.writing("save a tick") as connection:
                 new_ids = self._write_samples(connection, taken)
-                writing.write_changes(connection, changes, at_ms)
+                writing.write_changes(connection, changes, tick_ms)
         except BaseException:
             self._put_back(taken)
             raise

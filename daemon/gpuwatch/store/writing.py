@@ -150,9 +150,9 @@ _PRUNE_HISTORY: Final = (
 )
 
 
-def write_changes(connection: Connection, changes: Changes, at_ms: int) -> None:
-    """Write them, and that there was a tick at `at_ms`."""
-    _write(connection, _SAVE_TICK, [{"id": 1, "at_ms": at_ms}])
+def write_changes(connection: Connection, changes: Changes, tick_ms: int | None) -> None:
+    """Write them, and that there was a tick at `tick_ms`, unless it is None."""
+    _write(connection, _SAVE_TICK, [] if tick_ms is None else [{"id": 1, "at_ms": tick_ms}])
     # Ended first: an alert that ended and began again within the tick stays.
     _write(connection, _END_ALERT, [alert_key(alert) for alert in changes.ended])
     _write(connection, _SAVE_ALERT, [alert_row(alert) for alert in changes.alerts])

@@ -1,0 +1,109 @@
+"""Settings: every mistake at once, each with its file and line; nothing of YAML is a surprise."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpuwatch import config
+from gpuwatch.config import Duration
+from gpuwatch.errors import ConfigError
+from gpuwatch.records import Mode
+
+CASES = {
+    "an unknown key is refused with the one that was meant": (
+        "remediation:\n  mod: auto\n",
+        ["2: remediation.mod: unknown key; did you mean 'mode'?"],
+    ),
+    "a key given twice is refused": ("host: a\nhost: b\n", ["2: host: is given twice"]),
+    "yes is no number and no word": (
+        "host: yes\n",
+        ["1: host: 'yes' may mean true or the word; write true, false or put quotes round it"],
+    ),
+    "a bare number is no duration": (
+        "retention: 5\n",
+        ["1: retention: 5 is no duration; write 500ms, 30s, 5m or 1h30m"],
+    ),
+    "a mode that is none names those there are": (
+        "remediation: {mode: automatic}\n",
+        ["1: remediation.mode: 'automatic' is none of observe, approve, auto"],
+    ),
+    "a server needs a name": (
+        "servers:\n  - url: http://x\n",
+        ["2: servers[0]: has no 'name', which it needs"],
+    ),
+    "two servers need two names": (
+        "servers:\n  - name: a\n  - name: a\n",
+        ["3: servers[1].name: 'a' is there already"],
+    ),
+    "a supervisor is one thing": (
+        "servers:\n  - name: a\n    supervisor: {}\n",
+        ["3: servers[0].supervisor: needs exactly one of systemd, process"],
+    ),
+    "a receiver is one thing": (
+        "receivers:\n  - name: a\n",
+        ["2: receivers[0]: needs exactly one of slack, dingtalk"],
+    ),
+    "a step that nobody knows is refused": (
+        "policies:\n  - {name: p, match: {}, steps: [reboot]}\n",
+        ["2: policies[0].steps: unknown step 'reboot'; known: restart"],
+    ),
+    "all mistakes come at once": (
+        "lang: fr\nservers:\n  - name: a b\n    url: ftp://x\n",
+        [
+            "3: servers[0].name: 'a b': use letters, digits, . _ -",
+            "4: servers[0].url: 'ftp://x' is no http URL",
+            "1: lang: 'fr' is not en or zh",
+        ],
+    ),
+}
+
+
+def load(tmp_path: Path, text: str):
+    path = tmp_path / "gpuwatch.yaml"
+    path.write_text(text)
+    return config.load_settings(path)
+
+
+@pytest.mark.parametrize(("text", "mistakes"), CASES.values(), ids=CASES)
+def test_a_mistake_is_told_with_its_place(tmp_path, text, mistakes):
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, text)
+    assert [m.removeprefix(f"{tmp_path}/gpuwatch.yaml:") for m in error.value.mistakes] == mistakes
+
+
+def test_what_is_no_yaml_is_told_with_line_and_column(tmp_path):
+    with pytest.raises(ConfigError, match=r"gpuwatch.yaml:2:\d+: is no YAML"):
+        load(tmp_path, "a: [1\nb: 2\n")
+
+
+def test_a_missing_file_is_told_by_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read: No such file"):
+        config.load_settings(tmp_path / "none.yaml")
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path):
+    settings = load(tmp_path, "")
+    assert settings.remediation.mode is Mode.OBSERVE
+    assert [policy.name for policy in settings.policies] == ["restart", "tell"]
+
+
+def test_no_setting_touches_a_server_unless_it_says_so():
+    assert config.load_settings(None).remediation.mode is Mode.OBSERVE
+
+
+def test_the_settings_shown_hold_no_secret_only_where_it_is(tmp_path):
+    (tmp_path / "slack").write_text("https://hooks.slack.com/services/T0/B0/secret")
+    settings = load(tmp_path, f"receivers:\n  - {{name: s, slack: {{url_file: {tmp_path}/slack}}}}\n")
+    assert "hooks.slack.com" not in str(config.shown(settings))
+
+
+@given(st.integers(min_value=0, max_value=10**13))
+def test_a_duration_is_read_back_as_it_is_written(ms):
+    assert Duration.parse(str(Duration(ms))) == ms
+
+
+def test_the_shipped_rules_are_found_and_right():
+    settings = config.load_settings(None)
+    assert len(config.load_rules(config.rule_paths(settings))) >= 5
