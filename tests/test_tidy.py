@@ -54,3 +54,9 @@ def test_the_project_speaks_of_itself_alone():
     for path in [*ROOT.glob("*.*"), *(ROOT / "docs").rglob("*.md"), *CODE]:
         if path.is_file() and path.suffix in {".md", ".toml", ".txt", ".py", ".yaml"}:
             assert not re.search(hosts, path.read_text()), path
+
+
+def test_every_shipped_rule_file_is_in_the_wheel():
+    text = (ROOT / "pyproject.toml").read_text()
+    for path in (ROOT / "rules").glob("*.yaml"):
+        assert f'"rules/{path.name}" = "gpuwatch/_rules/{path.name}"' in text

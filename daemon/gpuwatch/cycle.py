@@ -26,7 +26,6 @@ from gpuwatch import notify, remediation, rules, servers
 from gpuwatch.errors import NotifyError, ServerError, SourceError, StoreError
 from gpuwatch.promql import Matcher
 from gpuwatch.records import (
-    LIVE_PHASES,
     STALE,
     Alert,
     AlertState,
@@ -148,6 +147,7 @@ class Cycle:
         self.last_tick_ms = old.last_tick_ms
         self.jumped_at_ms = old.jumped_at_ms
         self.last_report = old.last_report
+        self.troubles = old.troubles
         self._series = old._series
         self._supervision = old._supervision
 
@@ -215,12 +215,7 @@ class Cycle:
                 remediations=advanced,
                 notifications=notify.outbox(messages, self.parts.notifiers, now_ms),
                 refusals=refusals,
-                settings={
-                    k: v
-                    for r in advanced
-                    if not _live(r)
-                    for k, v in remediation.wishes.forgotten(r.plan.id).items()
-                },
+                settings=remediation.wishes.forgotten(advanced),
             ),
             now_ms,
         )
@@ -478,16 +473,9 @@ class Cycle:
         refusals: Sequence[Refusal],
         now_ms: int,
     ) -> Report:
-        for t in judged.transitions:
-            if t.now in {AlertState.FIRING, AlertState.RESOLVED}:
-                log.info("alert %s %s %s", t.alert.rule, t.now, t.alert.labels)
         before = {r.plan.id: r.phase for r in self.last_report.remediations}
-        for r in advanced:
-            if before.get(r.plan.id) is not r.phase:
-                dry = " (dry run)" if r.plan.dry_run else ""
-                log.info(
-                    "remediation %s %s%s %s", r.plan.id, r.phase, dry, f"server={r.plan.server} {r.outcome}"
-                )
+        for line in notify.log_lines(judged.transitions, advanced, before):
+            log.info(line)
         return Report(
             at_ms=now_ms,
             summary=notify.summary(judged.servers.values(), judged.firing, advanced, refusals),
@@ -507,10 +495,6 @@ def _identity(alert: Alert) -> tuple[str, Labels]:
 
 def _unseen(name: str, now_ms: int) -> ServerState:
     return ServerState(name=name, phase=ServerPhase.UNSEEN, since_ms=now_ms, seen_at_ms=now_ms)
-
-
-def _live(r: Remediation) -> bool:
-    return r.phase in LIVE_PHASES
 
 
 def _resolved_if_fired(t: Transition) -> Transition:

@@ -112,7 +112,7 @@ class Service:
                 self.wake.set()
 
     def _tell_systemd(self) -> None:
-        """Pet the watchdog from here alone: only a tick that came to its end proves that we work."""
+        """Pet the watchdog from here alone: a tick that came to its end, well or not, shows life."""
         lines = ["WATCHDOG=1"]
         if self.cycle.last_report.summary != self._status:
             self._status = self.cycle.last_report.summary

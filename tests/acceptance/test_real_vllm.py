@@ -1,12 +1,14 @@
 """A real vLLM server without GPU, as a plain process of gpuwatch: it is back when its engine has died."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -15,7 +17,7 @@ import requests
 from tests.receivers import DingTalkStandIn, SlackStandIn
 
 from gpuwatch.notify import Tone
-from gpuwatch.records import ServerPhase
+from gpuwatch.records import Phase, ServerPhase
 from gpuwatch.store import open_read_only
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +27,7 @@ PORT = 18231
 ALL_TOLD = [Tone.FIRING, Tone.RESOLVED, Tone.FIXED]
 CONFIG = """\
 state_dir: {state}
-remediation: {{mode: auto, just_started_grace: 2s, verify_for: 10s}}
+remediation: {{mode: auto, just_started_grace: 2s, verify_for: 10s, cooldown: 0s}}
 servers:
   - name: m
     url: http://127.0.0.1:{port}
@@ -69,6 +71,7 @@ def test_an_engine_that_is_killed_is_back_through_gpuwatch_and_both_chats_know(v
             story.server_starts_and_is_not_called_down()
             story.engine_dies_and_is_back()
             story.server_outlives_gpuwatch()
+            story.gpuwatch_dies_while_it_heals()
         finally:
             story.end()
 
@@ -84,54 +87,74 @@ def write_config(folder, vllm, slack, ding):
 
 
 class Story:
-    """What happens, and when: `at_s` counts from the death of the engine."""
+    """What happens, and the parts it is made of."""
 
     def __init__(self, config, slack, ding):
         self.config, self.slack, self.ding = config, slack, ding
         self.daemon = None
         self.sessions = set()  # of the servers that were started here
-        self.died_s = time.monotonic()
+        self.began_s = time.monotonic()
 
     def server_starts_and_is_not_called_down(self):
-        began_s = time.monotonic()
+        self.began_s = time.monotonic()
         self.gpuwatch("server", "start", "m")
-        self.wait_for("healthy after its start", 240, self.healthy)
-        print(f"\nhealthy {time.monotonic() - began_s:.1f} s after `gpuwatch server start`")
-        self.wait_for("serving", 20, lambda: self.seen().phase is ServerPhase.SERVING)
+        self.wait_for("healthy", 240, self.healthy)
+        self.wait_for("seen as serving", 20, lambda: self.seen().phase is ServerPhase.SERVING)
         assert self.told(self.slack) == self.told(self.ding) == [], "a server that is starting is not down"
         self.answers_a_prompt()
 
     def engine_dies_and_is_back(self):
-        old = self.leader()
-        old_pids = self.processes()
-        (engine,) = self.engines()
-        print(f"processes {[p.name() for p in old_pids]}")
-        self.died_s = time.monotonic()
-        engine.kill()
-        self.wait_for("the alarm in Slack", 15, lambda: Tone.FIRING in self.told(self.slack))
-        self.wait_for("the alarm in DingTalk", 5, lambda: Tone.FIRING in self.told(self.ding))
-        self.wait_for("the old processes gone", 60, lambda: not any(map(is_running, old_pids)))
-        self.wait_for("a new process", 10, lambda: self.leader() not in {None, old})
-        self.wait_for("a new engine", 240, self.engines)
-        self.wait_for("healthy again", 240, self.healthy)
-        self.wait_for("success in Slack", 60, lambda: Tone.FIXED in self.told(self.slack))
-        self.wait_for("success in DingTalk", 5, lambda: Tone.FIXED in self.told(self.ding))
-        self.answers_a_prompt()
-        for chat in (self.slack, self.ding):
-            assert self.told(chat) == ALL_TOLD, chat.name
-        (remediation,) = self.status()["remediations"]
-        assert (remediation["phase"], remediation["server"]) == ("succeeded", "m")
+        old = self.engine_dies(told_before=[])
+        self.server_comes_back(old)
+        self.all_is_told(times=1)
 
     def server_outlives_gpuwatch(self):
         pid = self.leader()
-        self.stop_gpuwatch()
+        self.daemon.send_signal(signal.SIGTERM)
+        assert self.daemon.wait(30) == 0
         assert self.healthy(), "gpuwatch took the server down with itself"
         seen_ms = self.seen().seen_at_ms
         self.start_gpuwatch()
         self.wait_for("seen by the next gpuwatch", 20, lambda: self.seen().seen_at_ms > seen_ms + 5000)
         assert (self.seen().phase, self.seen().supervisor.pid) == (ServerPhase.SERVING, pid)
-        assert self.told(self.slack) == ALL_TOLD, "a restart is no news"
-        assert self.leader() == pid
+        assert self.told(self.slack) == self.told(self.ding) == ALL_TOLD, "a restart is no news"
+
+    def gpuwatch_dies_while_it_heals(self):
+        """The next gpuwatch goes on with the remediation, and starts no second server."""
+        old = self.engine_dies(told_before=ALL_TOLD)
+        self.daemon.kill()
+        self.daemon.wait()
+        assert self.remediations() == [Phase.APPLYING, Phase.SUCCEEDED]
+        self.start_gpuwatch()
+        self.server_comes_back(old)
+        self.all_is_told(times=2)
+
+    # -- what happens more than once ---------------------------------------------------------------
+
+    def engine_dies(self, told_before):
+        """The processes that the server had, once both chats have the alarm."""
+        old = self.processes()
+        print(f"the engine dies; there are {[process.name() for process in old]}")
+        (engine,) = self.engines()
+        self.began_s = time.monotonic()
+        engine.kill()
+        for chat in (self.slack, self.ding):
+            alarm = partial(self.is_told, chat, [*told_before, Tone.FIRING])
+            self.wait_for(f"alarm in {chat.name}", 15, alarm)
+        return old
+
+    def server_comes_back(self, old):
+        self.wait_for("old processes gone", 60, lambda: not any(map(is_running, old)))
+        self.wait_for("new engine", 240, self.engines)
+        self.wait_for("healthy again", 240, self.healthy)
+        self.answers_a_prompt()
+
+    def all_is_told(self, times):
+        for chat in (self.slack, self.ding):
+            self.wait_for(f"success in {chat.name}", 60, partial(self.is_told, chat, ALL_TOLD * times))
+        assert self.remediations() == [Phase.SUCCEEDED] * times
+        assert self.servers() == [self.leader()], "there is more than one server"
+        assert len(self.engines()) == 1
 
     # -- the parts ---------------------------------------------------------------------------------
 
@@ -139,21 +162,18 @@ class Story:
         command = [sys.executable, "-m", "gpuwatch", "run", "--config", str(self.config)]
         self.daemon = subprocess.Popen(command)
 
-    def stop_gpuwatch(self):
-        self.daemon.send_signal(signal.SIGTERM)
-        assert self.daemon.wait(30) == 0
-
     def gpuwatch(self, *words):
         command = [sys.executable, "-m", "gpuwatch", *words, "--config", str(self.config)]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-
-    def status(self):
-        return json.loads(self.gpuwatch("status", "--json"))
 
     def seen(self):
         """The server as gpuwatch sees it."""
         with open_read_only(self.config.parent / "gpuwatch.db") as view:
             return view.servers()["m"]
+
+    def remediations(self):
+        """Newest first, as a user is shown them."""
+        return [r["phase"] for r in json.loads(self.gpuwatch("status", "--json"))["remediations"]]
 
     def leader(self):
         """The server's main process by the state file; None between two of them."""
@@ -169,7 +189,12 @@ class Story:
         return [p for p in psutil.process_iter() if session_of(p.pid) in self.sessions and is_running(p)]
 
     def engines(self):
-        return [p for p in self.processes() if p.name().startswith("VLLM::EngineCor")]
+        return [p for p in self.processes() if name_of(p).startswith("VLLM::EngineCor")]
+
+    def servers(self):
+        """Who was started on our port, whether the state file knows of it or not."""
+        every = psutil.process_iter(["cmdline"])
+        return [p.pid for p in every if str(PORT) in (p.info["cmdline"] or []) and is_running(p)]
 
     def healthy(self):
         with contextlib.suppress(requests.RequestException):
@@ -182,24 +207,29 @@ class Story:
         assert answer.json()["usage"]["completion_tokens"] == 8
 
     def told(self, chat):
-        """What a chat was told of the server, in order; not that this host has no GPU."""
-        texts = [json.dumps(payload, ensure_ascii=False) for payload in chat.received]
+        """What a chat was told of the server, in order; not that this host has no GPU.
+
+        What comes twice at once is one message, which was under way when gpuwatch was killed.
+        """
+        texts = [json.dumps(payload, ensure_ascii=False) for payload, _ in itertools.groupby(chat.received)]
         return [tone_of(text) for text in texts if "VLLMDown" in text]
+
+    def is_told(self, chat, tones):
+        return self.told(chat) == tones
 
     def wait_for(self, what, within_s, question):
         end = time.monotonic() + within_s
         while time.monotonic() < end:
             if question():
-                print(f"{what}: {time.monotonic() - self.died_s:.1f} s")
+                print(f"{what}: {time.monotonic() - self.began_s:.1f} s")
                 return
-            time.sleep(0.1)
+            time.sleep(0.2)
         pytest.fail(f"{what}: not within {within_s} s; told: {self.told(self.slack)}")
 
     def end(self):
         """Ours alone: our daemon, and the sessions that gpuwatch started for this test."""
-        with contextlib.suppress(ProcessLookupError):
-            self.daemon.kill()
-            self.daemon.wait()
+        self.daemon.kill()
+        self.daemon.wait()
         with contextlib.suppress(FileNotFoundError):
             ours = self.processes()
             for process in ours:
@@ -216,6 +246,12 @@ def is_running(process):
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
+
+
+def name_of(process):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.name()
+    return ""
 
 
 def session_of(pid):

@@ -113,6 +113,20 @@ def summary(
     return "; ".join(parts)
 
 
+def log_lines(
+    transitions: Iterable[Transition], remediations: Iterable[Remediation], before: Mapping[str, Phase]
+) -> list[str]:
+    """A line for each change that people are told of; nothing in a quiet tick. `before`: phases by id."""
+    lines = [f"alert {t.alert.rule} {t.now} {t.alert.labels}" for t in transitions if t.now in _TOLD]
+    for r in remediations:
+        if before.get(r.plan.id) is not r.phase:
+            dry = " (dry run)" if r.plan.dry_run else ""
+            lines.append(
+                f"remediation {r.plan.id} {r.phase}{dry} server={r.plan.server} {r.outcome}".rstrip()
+            )
+    return lines
+
+
 def incident_id(alert: Alert) -> str:
     """The same for all messages of one alert from its beginning to its end; short enough to say aloud."""
     text = f"{alert.rule}|{alert.labels}|{alert.active_at_ms}"

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
+from gpuwatch.records import LIVE_PHASES
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
+
+    from gpuwatch.records import Remediation
 
 _WORD: Final = "word:"
 
@@ -46,6 +50,6 @@ def word(remediation_id: str, what: str, by: str) -> dict[str, str | None]:
     return {_WORD + remediation_id: f"{what}|{by}"}
 
 
-def forgotten(remediation_id: str) -> dict[str, str | None]:
-    """The row to delete once a remediation is over."""
-    return {_WORD + remediation_id: None}
+def forgotten(remediations: Iterable[Remediation]) -> dict[str, str | None]:
+    """The rows to delete: words on those of these remediations that are over."""
+    return {_WORD + r.plan.id: None for r in remediations if r.phase not in LIVE_PHASES}
