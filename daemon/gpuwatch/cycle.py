@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TICK_MS: Final = 1000
+_TICK_GRAIN_MS: Final = 100  # a tick that comes 2 ms late must not make `for: 2s` three seconds
 _FIRST_READ_WAIT_MS: Final = 15_000
 _JUMP_MS: Final = 60_000
 _PRUNE_MS: Final = 600_000
@@ -69,11 +70,15 @@ _UNKNOWN: Final = SupervisorState(phase=SupervisorPhase.UNKNOWN)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Something to run every `every_ms`, handed the time. `worker` jobs may take long beside the others."""
+    """Something to run every `every_ms`, `offset_ms` after the full second, handed the time.
+
+    A `worker` job may take long beside the others.
+    """
 
     name: str
     every_ms: int
     run: Callable[[int], object]
+    offset_ms: int = 0
     worker: bool = True
 
 
@@ -138,9 +143,13 @@ class Cycle:
         jobs += [
             Job(f"observe:{name}", TICK_MS, partial(self.observe, name)) for name in self.parts.supervisors
         ]
-        jobs += [Job("tick", TICK_MS, self.tick, worker=False)]
-        jobs += [Job(f"tell:{name}", TICK_MS, partial(self.tell, name)) for name in self.parts.notifiers]
-        return [*jobs, Job("prune", _PRUNE_MS, self.prune)]
+        # One after the other within a second: what was read is judged, and what was judged is told, at once.
+        jobs += [Job("tick", TICK_MS, self.tick, offset_ms=300, worker=False)]
+        jobs += [
+            Job(f"tell:{name}", TICK_MS, partial(self.tell, name), offset_ms=600)
+            for name in self.parts.notifiers
+        ]
+        return [*jobs, Job("prune", _PRUNE_MS, self.prune, offset_ms=900)]
 
     def take_over(self, old: Cycle) -> None:
         """Go on where the cycle of the old settings stood, so that a reload is no restart."""
@@ -187,6 +196,7 @@ class Cycle:
 
     def tick(self, now_ms: int) -> Report:
         """Judge, decide, save what changed in one transaction, then act."""
+        now_ms = (now_ms + _TICK_GRAIN_MS // 2) // _TICK_GRAIN_MS * _TICK_GRAIN_MS
         self._notice_jump(now_ms)
         if self._unread and now_ms - self.parts.started_at_ms < _FIRST_READ_WAIT_MS:
             return self.last_report  # judging what was not yet read would end alerts that go on

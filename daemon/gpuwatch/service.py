@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import logging
 import os
 import signal
@@ -92,6 +93,7 @@ class Service:
         self.scheduler.start()
 
     def _schedule(self) -> None:
+        full_second = clock.utc_now().replace(microsecond=0) + dt.timedelta(seconds=1)
         for job in self.cycle.jobs():
             self.scheduler.add_job(
                 self._run_job,
@@ -100,7 +102,7 @@ class Service:
                 id=job.name,
                 seconds=job.every_ms / 1000 / self.given.speed,
                 executor="default" if job.worker else "line",
-                next_run_time=clock.utc_now(),
+                next_run_time=full_second + dt.timedelta(milliseconds=job.offset_ms / self.given.speed),
             )
 
     def _run_job(self, job: Job) -> None:

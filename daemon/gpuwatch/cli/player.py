@@ -40,12 +40,11 @@ def replay(file: Path, config_path: Path | None, rule_files: tuple[Path, ...]) -
     settings = msgspec.structs.replace(settings, receivers=[])
     groups = assembly.compile_rules(settings)
     recording = sources.open_recording(file)
-    clock = ManualClock(recording.start_ms)
+    start_ms = -(-recording.start_ms // TICK_MS) * TICK_MS
+    clock = ManualClock(start_ms)
     store = Store(None, window_ms=assembly.window_ms(groups))
     listener = _Listener(settings.lang)
-    cycle = assembly.cycle(
-        settings, groups, store, recording.start_ms, recording, voices={"replay": listener}
-    )
+    cycle = assembly.cycle(settings, groups, store, start_ms, recording, voices={"replay": listener})
     phases: dict[str, str] = {}
     for now_ms in walk(cycle, clock, TICK_MS):
         if cycle.last_report.at_ms == now_ms:
