@@ -1,11 +1,11 @@
 """Settings and rule files, decoded with errors that name file and line; the only YAML."""
 
+from gpuwatch.config.duration import Duration
 from gpuwatch.config.rulefiles import load_rules
 from gpuwatch.config.settings import (
     DEFAULT_POLICIES,
     BudgetSettings,
     DingTalkSettings,
-    Duration,
     Policy,
     ProcessSettings,
     ReceiverSettings,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import yaml
 
+from gpuwatch.config.duration import Duration
 from gpuwatch.errors import ConfigError
 from gpuwatch.records import Place, Rule, RuleGroup
 
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
 DEFAULT_INTERVAL_MS: Final = 1000
 
 _LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_DURATION: Final = re.compile(
-    r"(?:(\d+)y)?(?:(\d+)w)?(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?(?:(\d+)ms)?", re.ASCII
-)
-_UNIT_MS: Final = (31_536_000_000, 604_800_000, 86_400_000, 3_600_000, 60_000, 1000, 1)
 _LABEL_NAME: Final = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 _GROUP_KEYS: Final = frozenset({"name", "interval", "labels", "rules"})
 _RULE_KEYS: Final = frozenset({"alert", "expr", "for", "keep_firing_for", "labels", "annotations"})
@@ -177,13 +174,11 @@ class _Reader:
         if node is None:
             return 0
         text = self._text(node, what)
-        match = _DURATION.fullmatch(text)
-        if text == "0":
+        try:
+            return Duration.parse(text)
+        except ValueError as error:
+            self._mistake(node, f"{what}: {error}")
             return 0
-        if not text or match is None:
-            self._mistake(node, f"{what}: {text!r} is no duration; write 500ms, 30s, 5m or 1h30m")
-            return 0
-        return sum(int(n) * unit for n, unit in zip(match.groups(), _UNIT_MS, strict=True) if n)
 
     # ---- places
 

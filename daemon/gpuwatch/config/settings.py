@@ -12,49 +12,15 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from gpuwatch.config.document import Document, PathKey, dotted, load_document
+from gpuwatch.config.duration import Duration
 from gpuwatch.errors import ConfigError
 from gpuwatch.records import Mode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_UNIT_MS: Final = {
-    "ms": 1,
-    "s": 1000,
-    "m": 60_000,
-    "h": 3_600_000,
-    "d": 86_400_000,
-    "w": 604_800_000,
-    "y": 31_536_000_000,
-}
-_DURATION: Final = re.compile(r"(?:\d+(?:ms|[smhdwy]))+")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _PLACEHOLDERS: Final[dict[str, object]] = {"command": ["placeholder"], "match": {}}
-
-
-class Duration(int):
-    """Milliseconds; written as Prometheus does: `500ms`, `30s`, `1h30m`."""
-
-    __slots__ = ()
-
-    @classmethod
-    def parse(cls, text: object) -> Duration:
-        """ValueError unless `text` is a Prometheus duration."""
-        if text in {"0", 0}:
-            return cls(0)
-        if not isinstance(text, str) or not _DURATION.fullmatch(text):
-            message = f"{text!r} is no duration; write 500ms, 30s, 5m or 1h30m"
-            raise ValueError(message)
-        parts = re.findall(r"(\d+)(ms|[smhdwy])", text)
-        return cls(sum(int(number) * _UNIT_MS[unit] for number, unit in parts))
-
-    def __str__(self) -> str:
-        """The shortest way to write it."""
-        rest, text = int(self), ""
-        for unit in ("d", "h", "m", "s", "ms"):
-            count, rest = divmod(rest, _UNIT_MS[unit])
-            text += f"{count}{unit}" if count else ""
-        return text or "0s"
 
 
 class _Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
