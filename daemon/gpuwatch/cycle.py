@@ -273,13 +273,15 @@ class Cycle:
         states = {}
         for server in self.settings.servers:
             was, answer = known.get(server.name), self._health(server, now_ms)
+            supervisor = self._supervision.get(server.name, _UNKNOWN)
             if answer is None:  # blind, which says nothing about the server: it stays as it was last seen
-                states[server.name] = was or _unseen(server.name, now_ms)
+                was = was or _unseen(server.name, now_ms)
+                states[server.name] = dataclasses.replace(was, supervisor=supervisor)
                 continue
             states[server.name] = servers.judge(
                 was,
                 name=server.name,
-                supervisor=self._supervision.get(server.name, _UNKNOWN),
+                supervisor=supervisor,
                 answer=answer,
                 now_ms=now_ms,
                 start_deadline_ms=server.start_deadline,

@@ -216,3 +216,15 @@ def test_a_series_that_ended_while_gpuwatch_was_down_has_ended_when_it_is_back()
     world.run_for(30 * SECOND)
     assert world.store.last(waiting, world.now_ms) == {}
     assert world.store.last("gpu_memory_total_bytes", world.now_ms)
+
+
+def test_who_sees_neither_health_nor_supervisor_does_nothing():
+    """Found as story 342: while the health reader hung, the supervisor's old word stood for its present one."""
+    world = served(just_started_grace=10 * SECOND)
+    world.server.die()
+    world.run_for(2 * SECOND)
+    world.kill_daemon("before sending")
+    world.run_for(8 * SECOND)
+    world.health.hangs = world.supervisor.unreachable = True
+    world.run_for(20 * SECOND)
+    assert world.supervisor.restarts == []
