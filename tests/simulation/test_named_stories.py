@@ -219,7 +219,7 @@ def test_a_series_that_ended_while_gpuwatch_was_down_has_ended_when_it_is_back()
 
 
 def test_who_sees_neither_health_nor_supervisor_does_nothing():
-    """Found as story 342: while the health reader hung, the supervisor's old word stood for its present one."""
+    """Found as story 342: while the health reader hung, the supervisor's old word still stood."""
     world = served(just_started_grace=10 * SECOND)
     world.server.die()
     world.run_for(2 * SECOND)
