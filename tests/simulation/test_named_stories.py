@@ -220,11 +220,14 @@ def test_a_series_that_ended_while_gpuwatch_was_down_has_ended_when_it_is_back()
 
 def test_who_sees_neither_health_nor_supervisor_does_nothing():
     """Found as story 342: while the health reader hung, the supervisor's old word still stood."""
-    world = served(just_started_grace=10 * SECOND)
+    world = served(just_started_grace=20 * SECOND)
     world.server.die()
-    world.run_for(2 * SECOND)
-    world.kill_daemon("before sending")
-    world.run_for(8 * SECOND)
+    world.kill_daemon()
+    world.run_for(3 * SECOND)
+    while world.down_until_ms is not None:
+        world.tick()
+    world.run_for(5 * SECOND)
     world.health.hangs = world.supervisor.unreachable = True
-    world.run_for(20 * SECOND)
+    world.run_for(25 * SECOND)
     assert world.supervisor.restarts == []
+    assert "supervisor_unknown" in {r.code for r in world.store.refusals()}
