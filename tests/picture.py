@@ -1,5 +1,6 @@
 """Draws docs/status.svg: `gpuwatch status` in the middle of the recorded incidents, as a terminal has it."""
 
+import io
 import re
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def main():
         daemon.wait(30)
     head, *rest = shown.splitlines()
     head = "gpuwatch on gpu-a01 · running" + head[head.index(" · mode") :]  # a recording's clock is not ours
-    console = Console(record=True, width=104, file=(Path(state).parent / "gpuwatch-picture.txt").open("w"))
+    console = Console(record=True, width=104, file=io.StringIO())
     console.print(Text("$ gpuwatch status", style="bold"))
     for line in [head, *rest]:
         is_loud = any(word in line for word in ("DOWN", "FIRING", "CRITICAL", "WARNING"))

@@ -246,12 +246,13 @@ def _why(alert: Seen, lang: str) -> str:
     refusal = alert["refusal"]
     if not refusal:
         return f"remediation {alert['remediation']}" if alert["remediation"] else ""
-    why = notify.words(refusal["code"], lang, **refusal["facts"])
-    if not refusal["steps"]:
-        return notify.words("did.nothing", lang, why=why)
-    steps = notify.words("join.steps", lang).join(notify.words(f"step.{s}", lang) for s in refusal["steps"])
-    dry = notify.words("suffix.dry_run", lang) if refusal["code"] == "observe_mode" else ""
-    return notify.words("did.refused", lang, steps=steps, server=refusal["server"], dry=dry, why=why)
+    decision = notify.Decision(
+        code=refusal["code"],
+        facts=refusal["facts"],
+        steps=tuple(refusal["steps"]),
+        dry_run=refusal["code"] == "observe_mode",
+    )
+    return notify.refused(decision, refusal["server"], lang)
 
 
 def _remediations_block(seen: Seen, lang: str) -> str:

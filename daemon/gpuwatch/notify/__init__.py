@@ -32,7 +32,7 @@ from gpuwatch.notify.message import Decision, Message, message_of
 from gpuwatch.notify.outbound import outbound_session
 from gpuwatch.notify.redaction import RedactSecrets, redact
 from gpuwatch.notify.slack import SlackNotifier
-from gpuwatch.notify.wording import Text, Tone, compose, duration, words
+from gpuwatch.notify.wording import Text, Tone, compose, duration, refused, words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -72,6 +72,7 @@ __all__ = [
     "outbox",
     "receiver_state",
     "redact",
+    "refused",
     "state_json",
     "summary",
     "words",

@@ -132,6 +132,13 @@ def compose(message: Message, lang: str) -> Text:
     )
 
 
+def refused(decision: Decision, server: str, lang: str) -> str:
+    """What would be done and why it is not, or why nothing is; for messages and for `gpuwatch status`."""
+    why = words(decision.code, lang, **decision.facts)
+    code = "did.refused" if decision.steps else "did.nothing"
+    return words(code, lang, why=why, **_said(decision, server, lang))
+
+
 def _human(name: str, value: str, lang: str) -> str:
     if not _FIGURE.fullmatch(value):
         return value
@@ -152,7 +159,7 @@ def _title(message: Message, lang: str) -> str:
         place = "" if _names(fact, message) else place
     else:
         badge, fact = words(f"badge.{_ending(message)}", lang), _fact(message, lang)
-        dry = "" if _ending(message) == "dry_run" else _dry(message, lang)
+        dry = "" if _ending(message) == "dry_run" else _dry(message.decision, lang)
     head = f"{_TONES[_ending(message)].value} [{badge}] {message.host}"
     return " · ".join(part for part in (head, place, fact) if part) + dry
 
@@ -223,11 +230,14 @@ def _decided(message: Message, lang: str) -> str:
     decision = message.decision
     if decision is None:
         return words("did.undecided", lang)
-    said = {"steps": _steps(decision, lang), "server": message.server, "dry": _dry(message, lang)}
-    if decision.code == "plan":
-        return words("did.ask" if decision.mode == "approve" else "did.plan", lang, **said)
-    why = words(decision.code, lang, **decision.facts)
-    return words("did.refused" if decision.steps else "did.nothing", lang, why=why, **said)
+    if decision.code != "plan":
+        return refused(decision, message.server, lang)
+    code = "did.ask" if decision.mode == "approve" else "did.plan"
+    return words(code, lang, **_said(decision, message.server, lang))
+
+
+def _said(decision: Decision, server: str, lang: str) -> dict[str, str]:
+    return {"steps": _steps(decision, lang), "server": server, "dry": _dry(decision, lang)}
 
 
 def _steps(decision: Decision | None, lang: str) -> str:
@@ -235,8 +245,8 @@ def _steps(decision: Decision | None, lang: str) -> str:
     return words("join.steps", lang).join(words(f"step.{step}", lang) for step in steps)
 
 
-def _dry(message: Message, lang: str) -> str:
-    return words("suffix.dry_run", lang) if message.decision and message.decision.dry_run else ""
+def _dry(decision: Decision | None, lang: str) -> str:
+    return words("suffix.dry_run", lang) if decision and decision.dry_run else ""
 
 
 def _fields(message: Message, lang: str) -> Iterator[tuple[str, str]]:
