@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+import operator
+from itertools import compress, islice, pairwise
 from typing import TYPE_CHECKING, Final
 
 from gpuwatch.promql.arithmetic import greatest, least, linear_regression, mean, quantile, total, variance
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from gpuwatch.promql.values import Window
 
@@ -27,10 +28,17 @@ def rate(window: Window) -> float | None:
 
 def increase(window: Window) -> float | None:
     """How much a counter grew, resets made up for, extrapolated to the whole window."""
-    if len(window.values) < 2:
+    values = window.values
+    if len(values) < 2:
         return None
-    lost = sum(before for before, after in pairwise(window.values) if after < before)
-    return _extrapolated(window, window.values[-1] - window.values[0] + lost, counter=True)
+    # Most counters were never reset: sorting what is in order is one pass in C.
+    lost = 0.0 if sorted(values) == list(values) else _lost(values)
+    return _extrapolated(window, values[-1] - values[0] + lost, counter=True)
+
+
+def _lost(values: Sequence[float]) -> float:
+    """What a counter had reached before each of its resets, in all."""
+    return sum(compress(values, map(operator.gt, values, islice(values, 1, None))))
 
 
 def delta(window: Window) -> float | None:
