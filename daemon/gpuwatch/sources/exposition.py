@@ -8,6 +8,7 @@ Rule 3: `*_created` series only say when a counter began and would double the se
 from __future__ import annotations
 
 import re
+import sys
 from typing import Final
 
 from gpuwatch.errors import SourceError
@@ -70,7 +71,9 @@ class Exposition:
         if name.endswith("_created"):
             return None
         renamed = [(f"exported_{k}" if k in self._labels else k, v) for k, v in pairs]
-        return Labels([("__name__", name), *renamed, *self._labels.items()])
+        whole = [("__name__", name), *renamed, *self._labels.items()]
+        # Hundreds of series have the same names and values: one string for all of them.
+        return Labels((sys.intern(k), sys.intern(v)) for k, v in whole)
 
 
 def parse_series(text: str) -> tuple[str, list[tuple[str, str]]]:
