@@ -1,6 +1,19 @@
 """The same examples every time and no deadlines: a busy machine is no fault of the code."""
 
+import logging
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("steady", derandomize=True, deadline=None)
 settings.load_profile("steady")
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was():
+    """Commands set up logging for their process, which here is that of all tests."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers

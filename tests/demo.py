@@ -56,7 +56,7 @@ def main():
     subprocess.run([*GPUWATCH, "status", "--config", str(settings)], check=True, cwd=ROOT)
     title("gpuwatch alerts --limit 12")
     subprocess.run([*GPUWATCH, "alerts", "--limit", "12", "--config", str(settings)], check=True, cwd=ROOT)
-    print(f"\nThe database is {STATE / 'gpuwatch.db'}; the next demo begins with a new one.")
+    print(f"\nThe databases are in {STATE}; the next demo begins with new ones.")
 
 
 def show_new(received, shown):

@@ -34,7 +34,13 @@ def test_the_example_settings_load_and_show_every_default():
     settings = config.load_settings(ROOT / "gpuwatch.example.yaml")
     assert settings.servers[0].name
     text = (ROOT / "gpuwatch.example.yaml").read_text()
-    for struct in (config.Settings, config.RemediationSettings, config.SourceSettings, config.ServerSettings):
+    for struct in (
+        config.Settings,
+        config.RemediationSettings,
+        config.SourceSettings,
+        config.ServerSettings,
+        config.StoreSettings,
+    ):
         for name in struct.__struct_fields__:
             assert re.search(rf"\b{name}:", text), f"{struct.__name__}.{name} is not in the example"
 

@@ -1,21 +1,28 @@
 """A simulated host: GPUs, a vLLM server, its supervisor and two chats, all of which behave, and can fail.
 
-The real cycle, the real rules and a real SQLite run on it. One seed decides everything that happens.
-After every tick the invariants are checked: what gpuwatch may never do, whatever comes.
+The real cycle, the real rules and the real databases in a folder run on it. One seed decides everything
+that happens. After every tick the invariants are checked: what gpuwatch may never do, whatever comes.
+
+A kill loses what was not on disk. What gpuwatch then cannot know, and only that, it may do or tell again;
+what anybody can see of a server, that it serves, starts, is busy or was stopped by hand, it must heed still.
 """
 
 from __future__ import annotations
 
 import contextlib
 import random
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import msgspec
 from tests.fake_nvml import FakeNvml
 
-from gpuwatch import config, notify, rules
+from gpuwatch import assembly, config, notify, remediation, rules
 from gpuwatch.clock import ManualClock
+from gpuwatch.config.size import Size
 from gpuwatch.cycle import Cycle, Parts
 from gpuwatch.errors import NotifyError, ServerError, SourceError, StoreError
 from gpuwatch.records import (
@@ -23,19 +30,26 @@ from gpuwatch.records import (
     AlertState,
     Labels,
     Phase,
+    Remediation,
     Sample,
     Step,
     SupervisorPhase,
     SupervisorState,
+    Transition,
 )
 from gpuwatch.servers.phase import UNANSWERED_MS
 from gpuwatch.sources.nvml import NvmlSource
-from gpuwatch.store import Changes, Store
+from gpuwatch.store import Audit, Changes, ReadStore, leave_wish, open_read_only
 
 SECOND, MINUTE, HOUR = 1000, 60_000, 3_600_000
 START_MS = 1_800_000_000_000
 GIB = 1 << 30
 SERVER = "qwen"
+SHM = Path("/dev/shm")  # there a sync costs nothing
+ALL = 100_000
+UNLIMITED_PAGES = 1 << 30
+FULL = 1 << 60  # more than any filesystem has free
+TOLD = {AlertState.FIRING, AlertState.RESOLVED}
 
 
 class Killed(BaseException):
@@ -201,43 +215,91 @@ class SimMetrics:
         return [Sample(Labels.of(name, server=SERVER), now_ms, value) for name, value in figures.items()]
 
 
+@dataclass
+class Known:
+    """What gpuwatch knows, or must know again after a restart, followed from outside.
+
+    `forget` is told what a kill took before it was on disk, and that alone is taken off.
+    """
+
+    remediations: dict[str, Remediation] = field(default_factory=dict)
+    transitions: set[tuple[int, str, str]] = field(default_factory=set)
+    wishes: dict[str, str] = field(default_factory=dict)
+    heard: dict[str, str] = field(default_factory=dict)  # the wishes as a tick has found them
+    forgotten_restarts: set[int] = field(default_factory=set)
+    forgotten_ticks: set[int] = field(default_factory=set)
+
+    def forget(self, ticks: set[int], restarts: set[int], saved: list[Remediation]) -> None:
+        self.forgotten_ticks |= ticks
+        self.forgotten_restarts |= restarts
+        self.transitions = {t for t in self.transitions if t[0] not in ticks}
+        self.remediations = {r.plan.id: r for r in saved}
+
+
 class World:
-    """Everything, and the switches. `tick()` is one second."""
+    """Everything, and the switches. `tick()` is one second; to be closed at the end.
+
+    Hours are sealed, by a process each, only where `seals`.
+    """
 
     def __init__(
-        self, seed: int = 0, rule_groups: tuple[rules.CompiledGroup, ...] | None = None, **remediation
+        self,
+        seed: int = 0,
+        rule_groups: tuple[rules.CompiledGroup, ...] | None = None,
+        *,
+        start_ms: int = START_MS,
+        seals: bool = False,
+        **remediation,
     ) -> None:
+        self._temporary = tempfile.TemporaryDirectory(dir=SHM if SHM.is_dir() else None)
+        self._mount = Path(self._temporary.name) / "mount"
+        self._away = Path(self._temporary.name) / "away"
+        self.folder = self._mount / "gpuwatch"
         self.random = random.Random(seed)
-        self.clock = ManualClock(START_MS)
+        self.clock = ManualClock(start_ms)
         self.settings = config.Settings(
             host="sim",
+            state_dir=self.folder,
+            store=config.StoreSettings(min_free=Size(0)),
             servers=[config.ServerSettings(name=SERVER, start_deadline=config.Duration(60 * SECOND))],
             remediation=_remediation_settings(**remediation),
         )
         self.groups = shipped_groups() if rule_groups is None else rule_groups
+        self.seals = seals
         self.nvml = FakeNvml()
         self.server = SimServer(self)
         self.supervisor = SimSupervisor(self, self.server)
         self.slack, self.ding = SimChat(self, "slack"), SimChat(self, "ding")
         self.health, self.metrics = SimHealth(self), SimMetrics(self)
-        self.store = Store(None)
-        self.transcript: list[str] = []
+        self.known = Known()
         self.kill_at: str | None = None
         self.down_until_ms: int | None = None
-        self.hold_ms: dict[str, int] = {}
-        self._terminal: dict[str, Phase] = {}
-        self._begun: set[str] = set()
+        self.is_full = False
         self.booted_at_ms = self.health_hangs_ms = 0
         self.jumped_at_ms = 0
+        self._unsaved_since_ms: int | None = None
         self.boot()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.down_until_ms is None:
+            self._drop_memory()
+        self._temporary.cleanup()
 
     @property
     def now_ms(self) -> int:
         return self.clock.now_ms()
 
     def boot(self) -> None:
-        """Start the daemon on whatever rows there are."""
+        """Start the daemon on whatever is on disk; StoreError if there is none."""
         self.booted_at_ms = self.now_ms
+        self.store = assembly.open_store(self.settings, self.groups, self.now_ms)
+        self.known.heard = dict(self.known.wishes)
         self.store.reload(self.now_ms)
         self.cycle = Cycle(
             Parts(
@@ -253,6 +315,10 @@ class World:
         )
         self.due_ms: dict[str, int] = {}
 
+    def view(self) -> ReadStore:
+        """What is on disk, as the command line sees it; StoreError."""
+        return open_read_only(self.folder)
+
     def configure(self, **remediation) -> None:
         """The operator edits the settings; takes effect at the next boot or reload."""
         self.settings = msgspec.structs.replace(
@@ -264,35 +330,75 @@ class World:
         self.clock.advance(SECOND)
         self.health_hangs_ms = self.health_hangs_ms + SECOND if self.health.hangs else 0
         self.supervisor._go_on(self.now_ms)
-        if self.down_until_ms is not None:
-            if self.now_ms < self.down_until_ms:
-                return
-            self.down_until_ms = None
-            self.boot()
+        if self.down_until_ms is not None and not self._is_up_again():
+            return
+        if self.is_full:
+            self._press()
         try:
             self._run_jobs()
         except Killed:
-            self.down_until_ms = self.now_ms + self.random.choice([1, 2, 5, 30]) * SECOND
+            self.check()
+            self._die([1, 2, 5, 30])
+            return
         self.check()
 
     def run_for(self, ms: int) -> None:
         for _ in range(ms // SECOND):
             self.tick()
 
+    def _is_up_again(self) -> bool:
+        if self.now_ms < self.down_until_ms:
+            return False
+        try:
+            self.boot()
+        except StoreError:  # systemd tries again
+            self.down_until_ms = self.now_ms + 5 * SECOND
+            return False
+        self.down_until_ms = None
+        return True
+
     def _run_jobs(self) -> None:
         for job in self.cycle.jobs():
-            if self.now_ms >= self.due_ms.get(job.name, 0):
+            if self.now_ms >= self.due_ms.get(job.name, 0) and (self.seals or job.name != "seal"):
                 self.due_ms[job.name] = self.now_ms + job.every_ms
                 self.cycle.guarded(job, self.now_ms)
+        if not self._unsaved():
+            self._unsaved_since_ms = None
+        elif self._unsaved_since_ms is None:
+            self._unsaved_since_ms = self.now_ms
+
+    def _unsaved(self) -> list[Changes]:
+        return self.store._writer._changes
+
+    def _die(self, down_s: list[int]) -> None:
+        """As by kill -9: what is in memory alone is gone."""
+        self.down_until_ms = self.now_ms + self.random.choice(down_s) * SECOND
+        lost = list(self._unsaved())
+        since_ms = self.now_ms if self._unsaved_since_ms is None else self._unsaved_since_ms
+        self._unsaved_since_ms = None
+        self._drop_memory()
+        if not lost:
+            return
+        with open_read_only(self._away / "gpuwatch" if self.is_gone else self.folder) as view:
+            self.known.forget(
+                ticks={t.at_ms for changes in lost for t in changes.transitions},
+                restarts={at_ms for at_ms in self.supervisor.restarts if at_ms >= since_ms},
+                saved=view.remediations(limit=ALL),
+            )
+
+    def _drop_memory(self) -> None:
+        writer, self.store._writer = self.store._writer, None
+        writer.disk.close()
+        self.store.close()
 
     # -- faults ----------------------------------------------------------------------------------
 
     def kill_daemon(self, where: str | None = None) -> None:
         """Now, or at the named point the next time it is passed."""
-        if where is None:
-            self.down_until_ms = self.now_ms + self.random.choice([1, 3, 20]) * SECOND
-        else:
+        if where is not None:
             self.kill_at = where
+        elif self.down_until_ms is None:
+            self._die([1, 3, 20])
 
     def maybe_kill(self, where: str) -> None:
         if self.kill_at == where:
@@ -306,21 +412,57 @@ class World:
             self.jumped_at_ms = self.now_ms
 
     def pause(self, until_ms: int | None = None) -> None:
-        self.wish({"paused_until_ms": str(until_ms or 1 << 53)})
+        self.wish(remediation.wishes.pause(until_ms or remediation.FOREVER_MS))
 
     def resume(self) -> None:
-        self.wish({"paused_until_ms": None, "resumed_at_ms": str(self.now_ms)})
+        self.wish(remediation.wishes.resume(self.now_ms))
 
     def wish(self, settings) -> None:
-        """What the command line does, in the database of this world; on a full disk it says no."""
+        """What the command line does, with or without a daemon; without a disk it says no."""
+        audit = Audit(at_ms=self.now_ms, who="eve", what="wish")
         with contextlib.suppress(StoreError):
-            self.store.save(Changes(settings=settings), self.store.last_tick_ms() or self.now_ms)
+            leave_wish(self.folder, settings, audit=audit)
+            for name, value in settings.items():
+                self.known.wishes.pop(name, None)
+                if value is not None:
+                    self.known.wishes[name] = value
 
     def full_disk(self, full: bool) -> None:
-        """A real SQLITE_FULL: the database may not grow by a page more."""
-        with self.store._database.reading("see how large it is") as connection:
-            pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
-            connection.exec_driver_sql(f"PRAGMA max_page_count = {pages if full else 1 << 30}")
+        """A real SQLITE_FULL: no file of the daemon may grow by a page more, and there is no ballast."""
+        self.is_full = full
+        self._press()
+
+    def _press(self) -> None:
+        """Limit the files as the disk is; again and again, because some are opened anew."""
+        if self.down_until_ms is not None or self.is_gone:
+            return
+        disk = self.store._writer.disk
+        disk.settings = msgspec.structs.replace(
+            self.settings.store, min_free=FULL if self.is_full else Size(0)
+        )
+        if disk.metrics is not None:
+            disk._limit(disk.metrics)
+        if disk.state is not None:
+            with disk.state._database.reading("see how large it is") as connection:
+                pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+                pages = pages if self.is_full else UNLIMITED_PAGES
+                connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+        if self.is_full:
+            disk._ballast.drop()
+
+    @property
+    def is_gone(self) -> bool:
+        return self._away.exists()
+
+    def gone_disk(self, gone: bool) -> None:
+        """The filesystem of the folder goes away with all that is open on it, or comes back."""
+        if gone and not self.is_gone:
+            self._mount.rename(self._away)
+            self._mount.touch()  # no folder can be made in its place
+        elif not gone and self.is_gone:
+            self._mount.unlink()
+            self._away.rename(self._mount)
+            self._press()
 
     # -- what may never happen --------------------------------------------------------------------
 
@@ -332,25 +474,23 @@ class World:
         assert not server.stopped_by_operator, "restarted what an operator had stopped"
         assert not (server.alive and not server.up), "restarted a server that was starting"
         assert server.busy or not server.well, "restarted a server that was well"
-        settings = self.store.settings()
-        paused_ms = int(settings.get("paused_until_ms", "0"))
-        assert now_ms >= paused_ms, "acted while paused"
+        assert now_ms >= _paused_until_ms(self.known.wishes), "acted while paused"
         assert self.settings.remediation.mode != config.RemediationSettings().mode, "acted in observe mode"
         budget = self.settings.remediation.budget
-        recent = [at_ms for at_ms in self.supervisor.restarts if at_ms > now_ms - budget.per]
+        known = set(self.supervisor.restarts) - self.known.forgotten_restarts
+        recent = [at_ms for at_ms in known if at_ms > now_ms - budget.per]
         assert len(recent) < budget.count, f"more than {budget.count} restarts in {budget.per} ms"
 
-    def check_begun(self, r) -> None:
+    def check_begun(self, r: Remediation) -> None:
         """What must hold when gpuwatch decides to act, seen from outside."""
         limits, server = self.settings.remediation, self.server
-        settings = self.store.settings()
-        past = [p for p in self.store.remediations(limit=50) if p.plan.id != r.plan.id and not p.plan.dry_run]
+        past = [p for p in self.known.remediations.values() if p.plan.id != r.plan.id and not p.plan.dry_run]
         ended = [p.since_ms for p in past if p.phase not in LIVE_PHASES]
         assert r.created_at_ms - max(ended, default=0) >= limits.cooldown, (
             "began before the cooldown was over"
         )
-        assert r.created_at_ms >= int(settings.get("paused_until_ms", "0")), "began while paused"
-        resumed_ms = int(settings.get("resumed_at_ms", "0"))
+        assert r.created_at_ms >= _paused_until_ms(self.known.heard), "began while paused"
+        resumed_ms = int(self.known.wishes.get("resumed_at_ms", "0"))
         failed = [p for p in past if p.phase is Phase.FAILED and p.since_ms >= resumed_ms]
         assert not failed, "began although one had failed and nobody had looked"
         recent = [p for p in past if p.asked_at_ms and p.created_at_ms > r.created_at_ms - limits.budget.per]
@@ -366,26 +506,38 @@ class World:
         live = self.store.live_remediations()
         assert len({r.plan.server for r in live}) == len(live), "two live remediations on one server"
         for r in self.store.remediations(limit=50):
-            before = self._terminal.get(r.plan.id)
-            assert before is None or before is r.phase, f"{r.plan.id} left its end {before} for {r.phase}"
-            if not r.plan.dry_run and r.plan.id not in self._begun:
-                self._begun.add(r.plan.id)
+            before = self.known.remediations.get(r.plan.id)
+            if before is None and not r.plan.dry_run:
                 self.check_begun(r)
-            if r.phase not in LIVE_PHASES:
-                self._terminal[r.plan.id] = r.phase
+            if before is not None and before.phase not in LIVE_PHASES:
+                assert before.phase is r.phase, f"{r.plan.id} left its end {before.phase} for {r.phase}"
             assert not r.plan.dry_run or r.phase is Phase.REHEARSED, "a dry run went further than words"
+            self.known.remediations[r.plan.id] = r
+        self.known.transitions |= {told(t) for t in self.cycle.last_report.transitions if t.now in TOLD}
+        self.known.heard = dict(self.known.wishes)
         assert self.cycle.troubles.internal_errors == 0, self.cycle.troubles.present
 
     def check_all_was_told(self) -> None:
         """At the end: every beginning and end of an alert reached each chat, in order."""
-        expected = [
-            (t.alert.rule, str(t.now))
-            for _, t in sorted(self.store.transitions(limit=100_000))
-            if t.now in {AlertState.FIRING, AlertState.RESOLVED}
-        ]
+        with self.view() as view:
+            happened = [told(t) for _, t in view.transitions(limit=ALL) if t.now in TOLD]
         for chat in (self.slack, self.ding):
-            told = [(m.alert, m.state) for m in _once(chat.received) if m.kind == "alert"]
-            assert told == expected, f"{chat.name} was told {told}, happened {expected}"
+            messages = [(m.at_ms, m.alert, m.state) for m in _once(chat.received) if m.kind == "alert"]
+            kept = [each for each in messages if each[0] not in self.known.forgotten_ticks]
+            assert kept == happened, f"{chat.name} was told {kept}, happened {happened}"
+
+    def check_all_was_saved(self) -> None:
+        """At the end: the disk has what the memory has, and all that ever happened."""
+        assert not any(self.store.faults().values()), self.store.faults()
+        assert not self._unsaved()
+        with self.view() as view:
+            happened = {told(t) for _, t in view.transitions(limit=ALL)}
+            for name in ("active_alerts", "live_remediations", "refusals", "receivers", "settings"):
+                held, saved = getattr(self.store, name)(), getattr(view, name)()
+                assert saved == held, f"{name}: saved is {saved}, held {held}"
+            saved = {r.plan.id: r for r in view.remediations(limit=ALL)}
+        assert self.known.transitions <= happened, sorted(self.known.transitions - happened)
+        assert saved == self.known.remediations
 
     def heal(self) -> None:
         """End every fault, so that what is owed can be paid."""
@@ -394,6 +546,15 @@ class World:
         self.supervisor.unreachable = self.supervisor.forbids = self.health.hangs = False
         self.kill_at = None
         self.full_disk(False)
+        self.gone_disk(False)
+
+
+def told(t: Transition) -> tuple[int, str, str]:
+    return t.at_ms, t.alert.rule, str(t.now)
+
+
+def _paused_until_ms(wishes: Mapping[str, str]) -> int:
+    return int(wishes.get("paused_until_ms", "0"))
 
 
 def _once(messages: list[notify.Message]) -> list[notify.Message]:

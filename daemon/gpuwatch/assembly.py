@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from gpuwatch import clock, config, notify, rules, servers, sources
+from gpuwatch import clock, config, notify, remediation, remote_write, rules, servers, sources
 from gpuwatch.cycle import Cycle, Parts
 from gpuwatch.errors import StoreError
-from gpuwatch.store import Store
+from gpuwatch.store import Changes, Disk, Store
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from gpuwatch.config import Settings
+    from gpuwatch.remote_write import RemoteWriter
     from gpuwatch.sources.recording import Recording
 
-DATABASE: Final = "gpuwatch.db"
-_LOOKBACK_MS: Final = 300_000
+log = logging.getLogger(__name__)
+
+_LEAST_WINDOW_MS: Final = 3_600_000
 _SPARE_MS: Final = 10_000
 
 
@@ -41,19 +44,33 @@ def for_recording(settings: Settings) -> Settings:
     return msgspec.structs.replace(settings, servers=named)
 
 
-def open_store(settings: Settings, groups: Sequence[rules.CompiledGroup]) -> Store:
-    """The database in the state folder; StoreError if it cannot be used."""
+def open_store(settings: Settings, groups: Sequence[rules.CompiledGroup], now_ms: int) -> Store:
+    """The databases in the state folder; StoreError if they cannot be used.
+
+    Where a damaged state.db may have held a pause, a person must say that remediation may go on.
+    """
     try:
         settings.state_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         message = f"state folder {settings.state_dir}: {error.strerror}; create it or set state_dir"
         raise StoreError(message) from error
-    return Store(settings.state_dir / DATABASE, window_ms=window_ms(groups))
+    store = Store(window_ms(groups), Disk(settings.state_dir, settings.store, settings.host, now_ms))
+    if store.words_lost:
+        log.warning("remediation is paused: a damaged state.db may have held a pause; gpuwatch resume")
+        store.save(Changes(settings=remediation.wishes.pause(remediation.FOREVER_MS)), None)
+    return store
 
 
 def window_ms(groups: Sequence[rules.CompiledGroup]) -> int:
-    """How much of the past the rules look at, and so must be in memory."""
-    return max([_LOOKBACK_MS, *(group.window_ms for group in groups)]) + _SPARE_MS
+    """How much of the past is at hand: an hour, or as far as a rule looks back."""
+    return max([_LEAST_WINDOW_MS, *(group.window_ms for group in groups)]) + _SPARE_MS
+
+
+def remote_writers(settings: Settings) -> Mapping[str, RemoteWriter]:
+    """Who gets all samples; ConfigError if what that needs is not installed."""
+    if not settings.store.remote_write:
+        return {}
+    return remote_write.of_settings(settings.store.remote_write, settings.host)
 
 
 def cycle(
@@ -87,5 +104,6 @@ def cycle(
             else voices,
             started_at_ms=started_at_ms,
             jitter=random.random,
+            writers={} if recording else remote_writers(settings),
         )
     )

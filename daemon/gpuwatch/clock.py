@@ -86,3 +86,8 @@ def monotonic_us() -> int:
 def utc_now() -> dt.datetime:
     """The wall clock as an aware datetime, for schedulers."""
     return dt.datetime.now(tz=dt.UTC)
+
+
+def utc_text(at_ms: int) -> str:
+    """An instant for people."""
+    return f"{dt.datetime.fromtimestamp(at_ms / 1000, tz=dt.UTC):%Y-%m-%d %H:%M:%S} UTC"

@@ -45,11 +45,13 @@ from gpuwatch.records import (
 )
 from gpuwatch.store import Changes
 from gpuwatch.troubles import Troubles
+from gpuwatch.upkeep import Job, Upkeep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from gpuwatch.config import ServerSettings, Settings
+    from gpuwatch.remote_write import RemoteWriter
     from gpuwatch.sources import Source
     from gpuwatch.store import Store
 
@@ -59,27 +61,13 @@ TICK_MS: Final = 1000
 _TICK_GRAIN_MS: Final = 100  # a tick that comes 2 ms late must not make `for: 2s` three seconds
 _FIRST_READ_WAIT_MS: Final = 15_000
 _JUMP_MS: Final = 60_000
-_PRUNE_MS: Final = 600_000
 _HEALTH_LOOKBACK_MS: Final = 15_000
 _MESSAGES_A_TURN: Final = 10
 _HISTORY: Final = 100
+_SAVED_WITHIN_MS: Final = 500
 # What gpuwatch says itself; every other series comes from a source.
 _OWN: Final = ("ALERTS", "gpuwatch_", "server_down", "server_phase", "server_start_seconds")
 _UNKNOWN: Final = SupervisorState(phase=SupervisorPhase.UNKNOWN)
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """Something to run every `every_ms`, `offset_ms` after the full second, handed the time.
-
-    A `worker` job may take long beside the others.
-    """
-
-    name: str
-    every_ms: int
-    run: Callable[[int], object]
-    offset_ms: int = 0
-    worker: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +82,7 @@ class Parts:
     notifiers: Mapping[str, notify.Notifier]
     started_at_ms: int
     jitter: Callable[[], float]
+    writers: Mapping[str, RemoteWriter] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +138,17 @@ class Cycle:
             Job(f"tell:{name}", TICK_MS, partial(self.tell, name), offset_ms=600)
             for name in self.parts.notifiers
         ]
-        return [*jobs, Job("prune", _PRUNE_MS, self.prune, offset_ms=900)]
+        return [*jobs, *self._upkeep().jobs()]
+
+    def _upkeep(self) -> Upkeep:
+        return Upkeep(
+            store=self.store,
+            receivers=tuple(self.parts.notifiers),
+            writers=self.parts.writers,
+            spool_ms=self.settings.store.spool,
+            troubles=self.troubles,
+            jitter=self.parts.jitter,
+        )
 
     def take_over(self, old: Cycle) -> None:
         """Go on where the cycle of the old settings stood, so that a reload is no restart."""
@@ -163,7 +162,7 @@ class Cycle:
     # -- collect ---------------------------------------------------------------------------------
 
     def collect(self, source: Source, now_ms: int) -> None:
-        """Read one source into the store; a series it no longer gives ends here."""
+        """Read one source into the store."""
         name, _, server = source.name.partition(":")
         try:
             samples, up = source.read(now_ms), 1.0
@@ -171,16 +170,8 @@ class Cycle:
         except SourceError as error:
             samples, up = [], 0.0
             self.troubles.say(source.name, str(error))
-        present = {sample.labels for sample in samples}
-        ended = self._series.get(source.name, set()) - present
-        self._series[source.name] = present
-        self.store.append(
-            [
-                *samples,
-                *(Sample(labels, now_ms, STALE) for labels in ended),
-                Sample(Labels.of("up", source=name, server=server), now_ms, up),
-            ]
-        )
+        is_up = Sample(Labels.of("up", source=name, server=server), now_ms, up)
+        self._append(source.name, [*samples, is_up], now_ms)
         self._unread.discard(source.name)
 
     def observe(self, name: str, now_ms: int) -> None:
@@ -201,7 +192,7 @@ class Cycle:
         if self._unread and now_ms - self.parts.started_at_ms < _FIRST_READ_WAIT_MS:
             return self.last_report  # judging what was not yet read would end alerts that go on
         self._end_what_went_unseen(now_ms)
-        wishes = remediation.Wishes.of(self.store.settings())
+        wishes = self._wishes()
         judged = self._judge(now_ms)
         decisions, begun = self._decide(judged, wishes, now_ms)
         live = self.store.live_remediations()
@@ -229,9 +220,15 @@ class Cycle:
             ),
             now_ms,
         )
-        self._act(asks, now_ms)
+        # Else it is asked at the next tick: first the intent, then the deed; and with the intent's saving
+        # may come a pause that a person left in this second.
+        if asks and self.store.is_saved(_SAVED_WITHIN_MS) and self._wishes() == wishes:
+            self._act(asks, now_ms)
         self.last_report = self._report(judged, advanced, refusals, now_ms)
         return self.last_report
+
+    def _wishes(self) -> remediation.Wishes:
+        return remediation.Wishes.of(self.store.settings())
 
     def _end_what_went_unseen(self, now_ms: int) -> None:
         """Once all sources are read: end the series that were there before gpuwatch began, and are no more.
@@ -242,7 +239,7 @@ class Cycle:
             return
         self._all_seen = True
         gone = [labels for labels in self.store.silent_since(self.parts.started_at_ms) if _is_read(labels)]
-        self.store.append([Sample(labels, now_ms, STALE) for labels in gone])
+        self._append("ended", [Sample(labels, now_ms, STALE) for labels in gone], now_ms)
 
     def _judge(self, now_ms: int) -> _Judged:
         """Which phase each server is in, and which alerts are active."""
@@ -256,7 +253,7 @@ class Cycle:
         for group in self.parts.groups:
             if self._is_due(group, now_ms):
                 evaluation = rules.evaluate(group, self.store, active, now_ms)
-                self.store.append(evaluation.samples)
+                self._append(f"rules:{group.name}", evaluation.samples, now_ms)
                 failures = {str(failure.rule): failure.what for failure in evaluation.failures}
                 self.troubles.say_all(f"rule {group.name}/", failures)
                 transitions += evaluation.transitions
@@ -286,7 +283,7 @@ class Cycle:
                 now_ms=now_ms,
                 start_deadline_ms=server.start_deadline,
             )
-            self.store.append(servers.samples(states[server.name]))
+            self._append(f"server:{server.name}", servers.samples(states[server.name]), now_ms)
         return states
 
     def _health(self, server: ServerSettings, now_ms: int) -> servers.HealthAnswer | None:
@@ -431,14 +428,6 @@ class Cycle:
             changes = Changes(notifications=[row], receivers={receiver: notify.state_json(state)})
             self.store.save(changes, None)
 
-    def prune(self, now_ms: int) -> None:
-        """Delete samples that are older than the settings keep, and give up news that is a day old."""
-        self.store.prune(now_ms, self.settings.retention)
-        for name in self.parts.notifiers:
-            rows = notify.expired(self.store.unsent(name, limit=1000), now_ms)
-            if rows:
-                self.store.save(Changes(notifications=rows), None)
-
     # -- the daemon's view of itself -------------------------------------------------------------
 
     def guarded(self, job: Job, now_ms: int) -> None:
@@ -469,6 +458,7 @@ class Cycle:
         own: dict[Labels, float] = {
             Labels.of("gpuwatch_rules_failing"): self.troubles.count("rule "),
             Labels.of("gpuwatch_internal_errors_total"): self.troubles.internal_errors,
+            Labels.of("gpuwatch_store_dropped_scrapes_total"): self.store.dropped_scrapes,
         }
         unsent = self.store.unsent_count()
         rows = self.store.receivers()
@@ -476,7 +466,19 @@ class Cycle:
             state = notify.receiver_state(name, rows.get(name))
             own[Labels.of("gpuwatch_receiver_broken", receiver=name)] = state.broken_since_ms is not None
             own[Labels.of("gpuwatch_notifications_unsent", receiver=name)] = unsent.get(name, 0)
-        self.store.append([Sample(labels, now_ms, float(value)) for labels, value in own.items()])
+        for name, fault in self.store.faults().items():
+            own[Labels.of("gpuwatch_store_failing", file=name)] = bool(fault)
+            self.troubles.say(f"store {name}", fault)
+        self._append("gpuwatch", [Sample(k, now_ms, float(value)) for k, value in own.items()], now_ms)
+
+    def _append(self, target: str, samples: Sequence[Sample], now_ms: int) -> None:
+        """Into the store; a series that this target no longer gives ends here."""
+        present = {sample.labels for sample in samples if not is_stale(sample.value)}
+        ended = self._series.get(target, set()) - {sample.labels for sample in samples}
+        self._series[target] = present
+        given = [*samples, *(Sample(labels, now_ms, STALE) for labels in ended)]
+        if given:
+            self.store.append(target, now_ms, [s.labels for s in given], [s.value for s in given])
 
     def _report(
         self,

@@ -52,7 +52,10 @@ class SourceError(GpuwatchError):
 
 
 class StoreError(GpuwatchError):
-    """The database cannot be used; `full`, `locked`, `corrupt`, `newer` or `other` tells which way."""
+    """The database cannot be used; `kind` tells which way.
+
+    `full`, `locked`, `corrupt`, `newer`, `read_only`, `gone` (no file, no folder, no server), `other`.
+    """
 
     def __init__(self, what: str, *, kind: str = "other") -> None:
         """Keep the kind, which callers act on."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Self
 
@@ -80,6 +80,16 @@ class Sample:
     labels: Labels
     at_ms: int
     value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scrape:
+    """What one target gave at one instant: the series `labels[i]` had `values[i]`."""
+
+    target: str
+    at_ms: int
+    labels: Sequence[Labels]
+    values: Sequence[float]
 
 
 class MetricKind(enum.StrEnum):

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Final
 from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.schedulers.background import BackgroundScheduler
 
-from gpuwatch import assembly, clock, notify, sources
-from gpuwatch.errors import GpuwatchError, StoreError
+from gpuwatch import assembly, clock, lean, notify, sources
+from gpuwatch.errors import GpuwatchError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from gpuwatch.config import Settings
-    from gpuwatch.cycle import Job
     from gpuwatch.sources.recording import Recording
+    from gpuwatch.upkeep import Job
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +57,14 @@ class Service:
         if self.given.recording_path:
             self.recording = sources.open_recording(self.given.recording_path)
             settings = assembly.for_recording(settings)
-        self.store = assembly.open_store(settings, groups)
+        self.store = assembly.open_store(settings, groups, clock.SystemClock().now_ms())
         self.clock = self._clock()
         self.store.reload(self.clock.now_ms())
         self.cycle = assembly.cycle(settings, groups, self.store, self.clock.now_ms(), self.recording)
         self._take_signals()
+        self.store.start()
         self._start_scheduler()
+        lean.settle()
         self._wait()
         self._stop()
 
@@ -108,6 +110,8 @@ class Service:
     def _run_job(self, job: Job) -> None:
         now_ms = self.clock.now_ms()
         self.cycle.guarded(job, now_ms)
+        if job.name == "prune":
+            lean.trim_heap()
         if job.name == "tick":
             self._tell_systemd()
             if self.recording and self.recording.ended:
@@ -149,6 +153,7 @@ class Service:
             self.scheduler.remove_all_jobs()
             fresh.take_over(self.cycle)
             self.cycle = fresh
+            self.store.go_by(settings.store, assembly.window_ms(groups))
             self._schedule()
             log.info("reloaded rules=%d", sum(len(group.rules) for group in groups))
         sd_notify("READY=1")
@@ -156,8 +161,7 @@ class Service:
     def _stop(self) -> None:
         sd_notify("STOPPING=1")
         self.scheduler.shutdown(wait=True)
-        with contextlib.suppress(StoreError):  # said already by the jobs that met it
-            self._flush()
+        self._flush()
         self.store.close()
         log.info("stopped")
 

@@ -123,8 +123,8 @@ class Cost:
             print(f"  {name:14} RSS {median:6.1f} MiB (median)   CPU {percent:.2f} % of a core")
 
 
-def show_readings(database):
-    with store.open_read_only(database) as view:
+def show_readings(folder):
+    with store.open_read_only(folder) as view:
         latest = view.latest(view.last_tick_ms(), 120_000)
     own = sorted((labels, value) for labels, value in latest.items() if labels.metric.startswith("gpu_"))
     for labels, value in own:
@@ -191,7 +191,7 @@ def story(state, slack, ding, load_s, cost, daemon, bare):
     print(f"  {len(slack.received)} messages")
     print(gpuwatch("status"))
     say("every GPU reading, from the database")
-    show_readings(state / "gpuwatch.db")
+    show_readings(state)
     say("cost over those seconds, beside a bare pynvml loop that makes the same calls")
     measured.table()
     if "GPUWATCH_LIVE_COST_ONLY" in os.environ:

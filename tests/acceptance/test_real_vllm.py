@@ -168,7 +168,7 @@ class Story:
 
     def seen(self):
         """The server as gpuwatch sees it."""
-        with open_read_only(self.config.parent / "gpuwatch.db") as view:
+        with open_read_only(self.config.parent) as view:
             return view.servers()["m"]
 
     def remediations(self):

@@ -370,7 +370,9 @@ def test_the_status_is_for_root_and_the_daemons_user(daemon):
     assert "standin" in daemon.run(COMMAND, "status")
     assert "standin" in daemon.run("runuser", "-u", "gpuwatch", "--", COMMAND, "status")
     refusal = daemon.run("runuser", "-u", "vllm", "--", COMMAND, "status", check=False)
-    assert refusal.startswith("gpuwatch: open the database")
+    assert refusal.startswith(
+        "gpuwatch: cannot open the database /var/lib/gpuwatch/state.db: Permission denied"
+    )
 
 
 def test_what_root_asks_of_the_daemon_does_not_lock_it_out(daemon):
@@ -380,6 +382,21 @@ def test_what_root_asks_of_the_daemon_does_not_lock_it_out(daemon):
     daemon.run("systemctl", "stop", UNIT)
     wait_until_seen(daemon, phase="stopped")
     assert "ERROR" not in daemon.log()
+
+
+def test_hours_are_sealed_within_the_limits_of_the_unit(daemon):
+    wait_until_seen(daemon)
+    kept = ("Memory", "Nice", "Protect", "Restrict", "SystemCall", "User=")
+    limits = [
+        f"--property={line}"
+        for line in (PROJECT / "systemd/gpuwatch.service").read_text().splitlines()
+        if line.startswith(kept)
+    ]
+    everything = "9007199254740992 9007199254740992"
+    seal = f"/opt/gpuwatch/bin/python -m gpuwatch.frames.sealing /var/lib/gpuwatch/metrics.db {everything}"
+    command = f"set -o pipefail; {seal} | wc -c"
+    sealed = daemon.run("systemd-run", "--pipe", "--wait", "--quiet", *limits, "/bin/bash", "-c", command)
+    assert int(sealed) > 1000
 
 
 def test_the_daemon_reads_a_secret_that_strangers_cannot(daemon):

@@ -165,6 +165,8 @@ def test_the_catalogue_has_a_help_and_a_unit_for_every_metric():
     plain = {"up", "server_down", "server_phase", "gpu_info", "server_health_ok", "server_health_timeout"}
     plain |= {
         "gpuwatch_receiver_broken",
+        "gpuwatch_remote_write_failing",
+        "gpuwatch_store_failing",
         "gpuwatch_rules_failing",
         "gpuwatch_notifications_unsent",
         "host_load1",

@@ -1,6 +1,7 @@
 """The command line on a real database, with a recording as the host."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 
 from gpuwatch import store
 from gpuwatch.cli import main
+from gpuwatch.errors import StoreError
 
 RECORDING = Path(__file__).parents[1] / "recordings" / "h200-vllm024-incidents.jsonl.xz"
 START_S = 1795177020.79
@@ -88,18 +90,19 @@ def played(tmp_path):
     run = [sys.executable, "-m", "gpuwatch", "run", "--config", settings, "--recording", RECORDING]
     daemon = subprocess.Popen([*run, "--speed", "60", "--log-level", "error"])
     deadline = time.monotonic() + 40
-    while not firing(tmp_path) and time.monotonic() < deadline:
+    while not (fired := firing(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.05)
     daemon.send_signal(signal.SIGTERM)
     assert daemon.wait(20) == 0
+    assert fired, "VLLMDown never fired"
     return settings
 
 
 def firing(folder):
     try:
-        with store.open_read_only(folder / "gpuwatch.db") as view:
+        with store.open_read_only(folder) as view:
             return "VLLMDown" in {a.rule for a in view.active_alerts() if a.state == "firing"}
-    except Exception:  # noqa: BLE001 (the daemon has not made it yet)
+    except StoreError:  # the daemon has not made it yet
         return False
 
 
@@ -139,4 +142,26 @@ def test_a_pause_for_no_duration_is_refused(played):
 def test_status_without_a_database_says_so_without_a_traceback(tmp_path):
     text = gpuwatch("status", "--state-dir", tmp_path / "none", ok=False)
     assert "Traceback" not in text
-    assert "gpuwatch.db" in text
+    assert f"there is no database {tmp_path}/none/state.db" in text
+
+
+def test_a_running_daemon_has_loaded_nothing_that_only_commands_need(tmp_path):
+    settings = tmp_path / "g.yaml"
+    settings.write_text(f"state_dir: {tmp_path}\n")
+    run = [sys.executable, "-m", "gpuwatch", "run", "--config", settings, "--recording", RECORDING]
+    environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}  # it outlives the exec of the daemon
+    daemon = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        time.sleep(3)
+        mapped = Path(f"/proc/{daemon.pid}/maps").read_text()
+    finally:
+        daemon.terminate()
+        said = daemon.communicate(timeout=20)[1]
+    with store.open_read_only(tmp_path) as view:
+        assert view.last_tick_ms()
+    imported = {line.rpartition("|")[2].strip() for line in said.splitlines() if line.startswith("import")}
+    assert "sqlite3" in mapped
+    assert {"gpuwatch.service", "gpuwatch.store.disk"} <= imported
+    for name in ("numpy", "pyarrow", "google.protobuf", "psycopg", "torch", "vllm", "rich"):
+        assert f"/{name.replace('.', '/')}/" not in mapped
+        assert not {each for each in imported if each == name or each.startswith(f"{name}.")}

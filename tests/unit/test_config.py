@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from gpuwatch import config
 from gpuwatch.config import Duration
+from gpuwatch.config.size import Size
 from gpuwatch.errors import ConfigError
 from gpuwatch.records import Mode
 
@@ -22,8 +23,23 @@ CASES = {
         ["1: host: 'yes' may mean true or the word; write true, false or put quotes round it"],
     ),
     "a bare number is no duration": (
-        "retention: 5\n",
-        ["1: retention: 5 is no duration; write 500ms, 30s, 5m or 1h30m"],
+        "store: {retention: 5}\n",
+        ["1: store.retention: 5 is no duration; write 500ms, 30s, 5m or 1h30m"],
+    ),
+    "a bare number is no size": (
+        "store: {max_size: 2000000000}\n",
+        ["1: store.max_size: 2000000000 is no size; write 512MiB or 2GiB"],
+    ),
+    "limits that could keep nothing are refused": (
+        "store:\n  retention: 1h\n  max_size: 1MiB\n",
+        [
+            "2: store.retention: must be at least 2h, which rules may look back on",
+            "3: store.max_size: must be at least 64MiB",
+        ],
+    ),
+    "a password does not belong in the settings": (
+        "store:\n  state_url: postgresql+psycopg://gpuwatch:secret@db/gpuwatch\n",
+        ["2: store.state_url: holds a password; put the URL in a state_url_file"],
     ),
     "a mode that is none names those there are": (
         "remediation: {mode: automatic}\n",
@@ -102,6 +118,11 @@ def test_the_settings_shown_hold_no_secret_only_where_it_is(tmp_path):
 @given(st.integers(min_value=0, max_value=10**13))
 def test_a_duration_is_read_back_as_it_is_written(ms):
     assert Duration.parse(str(Duration(ms))) == ms
+
+
+@given(st.integers(min_value=0, max_value=2**50))
+def test_a_size_is_read_back_as_it_is_written(size_bytes):
+    assert Size.parse(str(Size(size_bytes))) == size_bytes
 
 
 def test_the_shipped_rules_are_found_and_right():

@@ -5,20 +5,23 @@ from __future__ import annotations
 import getpass
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any
 
 import click
 
 import gpuwatch
 from gpuwatch import clock, daemon
+from gpuwatch.cli.db import db
+from gpuwatch.cli.options import (
+    config_path_of,
+    duration_ms,
+    open_view,
+    path_option,
+    settings_of,
+    state_option,
+    wish,
+)
 from gpuwatch.errors import ConfigError, GpuwatchError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from gpuwatch.config import Settings
-
-DEFAULT_CONFIG: Final = Path("/etc/gpuwatch/gpuwatch.yaml")
 
 
 class _Group(click.Group):
@@ -33,40 +36,6 @@ class _Group(click.Group):
             ctx.exit(1)
 
 
-def _path_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--config",
-        "config_path",
-        type=click.Path(path_type=Path, dir_okay=False),
-        envvar="GPUWATCH_CONFIG",
-        help=f"Settings file (default {DEFAULT_CONFIG} if it is there, else built-in defaults).",
-    )(function)
-
-
-def _state_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--state-dir",
-        type=click.Path(path_type=Path, file_okay=False),
-        help="Folder of the database, if it is not the one of the settings.",
-    )(function)
-
-
-def _config_path(given: Path | None) -> Path | None:
-    return given or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
-
-
-def _settings(given: Path | None) -> Settings:
-    from gpuwatch import config  # noqa: PLC0415 (each command loads only what it needs)
-
-    return config.load_settings(_config_path(given))
-
-
-def _database(config_path: Path | None, state_dir: Path | None) -> Path:
-    from gpuwatch import assembly  # noqa: PLC0415
-
-    return (state_dir or _settings(config_path).state_dir) / assembly.DATABASE
-
-
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(gpuwatch.__version__, prog_name="gpuwatch")
 def main() -> None:
@@ -74,7 +43,7 @@ def main() -> None:
 
 
 @main.command()
-@_path_option
+@path_option
 @click.option(
     "--recording", type=click.Path(path_type=Path, exists=True), help="Play this as if it were the host."
 )
@@ -82,49 +51,53 @@ def main() -> None:
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
 def run(config_path: Path | None, recording: Path | None, speed: float, log_level: str) -> None:
     """Run the daemon in the foreground, as systemd does."""
-    daemon.become(_config_path(config_path), recording, speed, log_level)
+    daemon.become(config_path_of(config_path), recording, speed, log_level)
 
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@_path_option
+@path_option
 @click.option("--for", "duration", help="Stop after this long (60s, 10m); default: at Ctrl-C.")
 def record(file: Path, config_path: Path | None, duration: str | None) -> None:
     """Write what the sources read to FILE (.xz, .gz or plain JSON lines), a line a second."""
     from gpuwatch import service  # noqa: PLC0415
 
-    ticks = service.record(_settings(config_path), file, None if duration is None else _duration_ms(duration))
+    ticks = service.record(
+        settings_of(config_path), file, None if duration is None else duration_ms(duration)
+    )
     click.echo(f"{ticks} seconds in {file}, {file.stat().st_size} bytes")
 
 
 @main.command()
-@_path_option
-@_state_option
+@path_option
+@state_option
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def status(config_path: Path | None, state_dir: Path | None, as_json: bool) -> None:  # noqa: FBT001
     """Show GPUs, servers, alerts, and what is being done about them or why nothing is."""
     from gpuwatch.cli import view  # noqa: PLC0415
 
-    settings = _settings(config_path)
-    seen = view.gather(_database(config_path, state_dir), settings, clock.SystemClock().now_ms())
+    settings = settings_of(config_path, state_dir)
+    with open_view(settings) as rows:
+        seen = view.gather(rows, settings, clock.SystemClock().now_ms())
     click.echo(json.dumps(seen, ensure_ascii=False) if as_json else view.render(seen, settings.lang))
 
 
 @main.command()
-@_path_option
-@_state_option
+@path_option
+@state_option
 @click.option("--limit", default=20, help="How many past changes.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def alerts(config_path: Path | None, state_dir: Path | None, limit: int, as_json: bool) -> None:  # noqa: FBT001
     """Show active alerts and the last changes."""
     from gpuwatch.cli import view  # noqa: PLC0415
 
-    seen = view.gather_alerts(_database(config_path, state_dir), limit)
+    with open_view(settings_of(config_path, state_dir)) as rows:
+        seen = view.gather_alerts(rows, limit)
     click.echo(json.dumps(seen, ensure_ascii=False) if as_json else view.render_alerts(seen))
 
 
 @main.command()
-@_path_option
+@path_option
 @click.option(
     "--rules", "rule_files", multiple=True, type=click.Path(path_type=Path), help="Check these instead."
 )
@@ -134,20 +107,20 @@ def check(config_path: Path | None, rule_files: tuple[Path, ...]) -> None:
 
     from gpuwatch import assembly, config, notify  # noqa: PLC0415
 
-    settings = config.with_rules(_settings(config_path), rule_files)
+    settings = config.with_rules(settings_of(config_path), rule_files)
     paths = config.rule_paths(settings)
     groups = assembly.compile_rules(settings)
     notify.of_settings(settings.receivers, clock.SystemClock())
     click.echo(yaml.safe_dump(config.shown(settings), sort_keys=False, allow_unicode=True).rstrip())
     count = sum(len(group.rules) for group in groups)
     click.echo(
-        f"# {_config_path(config_path) or 'defaults'}: right. {count} rules in {len(paths)} files: right."
+        f"# {config_path_of(config_path) or 'defaults'}: right. {count} rules in {len(paths)} files: right."
     )
 
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path, exists=True))
-@_path_option
+@path_option
 @click.option(
     "--rules", "rule_files", multiple=True, type=click.Path(path_type=Path), help="Rule files or folders."
 )
@@ -158,57 +131,61 @@ def replay(file: Path, config_path: Path | None, rule_files: tuple[Path, ...], a
     from gpuwatch.cli import player  # noqa: PLC0415
 
     service.set_up_logging("error")
-    for event in player.replay(file, _config_path(config_path), rule_files):
+    for event in player.replay(file, config_path_of(config_path), rule_files):
         click.echo(json.dumps(event, ensure_ascii=False) if as_json else player.as_text(event))
 
 
 @main.command()
-@_path_option
-@_state_option
+@path_option
+@state_option
 @click.option("--for", "duration", help="How long (30m, 2h); default: until `gpuwatch resume`.")
 def pause(config_path: Path | None, state_dir: Path | None, duration: str | None) -> None:
     """Stop all remediation, at once and also what is under way; go on watching and telling."""
     from gpuwatch import remediation  # noqa: PLC0415
 
     now_ms = clock.SystemClock().now_ms()
-    until_ms = remediation.FOREVER_MS if duration is None else now_ms + _duration_ms(duration)
-    _wish(config_path, state_dir, remediation.wishes.pause(until_ms))
+    until_ms = remediation.FOREVER_MS if duration is None else now_ms + duration_ms(duration)
+    wished = remediation.wishes.pause(until_ms)
+    wish(settings_of(config_path, state_dir), wished, "pause", until_ms=str(until_ms))
     click.echo(
         f"remediation is paused {'until `gpuwatch resume`' if duration is None else f'for {duration}'}"
     )
 
 
 @main.command()
-@_path_option
-@_state_option
+@path_option
+@state_option
 def resume(config_path: Path | None, state_dir: Path | None) -> None:
     """End a pause, and let gpuwatch act again on servers where a remediation failed."""
     from gpuwatch import remediation  # noqa: PLC0415
 
-    _wish(config_path, state_dir, remediation.wishes.resume(clock.SystemClock().now_ms()))
+    wished = remediation.wishes.resume(clock.SystemClock().now_ms())
+    wish(settings_of(config_path, state_dir), wished, "resume")
     click.echo("remediation may go on")
 
 
 def _word_command(word: str, verb: str, text: str) -> None:
     @main.command(name=verb, help=text)
     @click.argument("remediation_id")
-    @_path_option
-    @_state_option
+    @path_option
+    @state_option
     def command(remediation_id: str, config_path: Path | None, state_dir: Path | None) -> None:
-        from gpuwatch import remediation, store  # noqa: PLC0415
+        from gpuwatch import remediation  # noqa: PLC0415
 
-        path = _database(config_path, state_dir)
-        with store.open_read_only(path) as view:
+        settings = settings_of(config_path, state_dir)
+        with open_view(settings) as view:
             live = {r.plan.id for r in view.live_remediations()}
         if remediation_id not in live:
             known = ", ".join(sorted(live)) or "none"
             raise ConfigError(
                 [f"{verb} {remediation_id}: no such remediation is under way; there are: {known}"]
             )
-        _wish(config_path, state_dir, remediation.wishes.word(remediation_id, word, getpass.getuser()))
+        wished = remediation.wishes.word(remediation_id, word, getpass.getuser())
+        wish(settings, wished, verb, remediation=remediation_id)
         click.echo(f"{remediation_id}: {word}; the daemon takes it up within a second")
 
 
+main.add_command(db)
 _word_command("approved", "approve", "Let a remediation that waits for approval go on.")
 _word_command("denied", "deny", "Refuse a remediation that waits for approval.")
 _word_command("abort", "abort", "Stop a remediation at once; the server is left as it is.")
@@ -221,29 +198,14 @@ def server() -> None:
 
 @server.command(name="start")
 @click.argument("name")
-@_path_option
+@path_option
 def server_start(name: str, config_path: Path | None) -> None:
     """Start the server NAME, which must have a `process` supervisor."""
     from gpuwatch import servers  # noqa: PLC0415
 
-    settings = _settings(config_path)
+    settings = settings_of(config_path)
     named = [each for each in settings.servers if each.name == name]
     if not named:
         known = ", ".join(each.name for each in settings.servers) or "none"
         raise ConfigError([f"server start {name}: no such server in the settings; there are: {known}"])
     click.echo(servers.process_of(named[0], settings.state_dir).start(clock.SystemClock().now_ms()))
-
-
-def _wish(config_path: Path | None, state_dir: Path | None, settings: dict[str, str | None]) -> None:
-    from gpuwatch import store  # noqa: PLC0415
-
-    store.leave_wish(_database(config_path, state_dir), settings)
-
-
-def _duration_ms(text: str) -> int:
-    from gpuwatch import config  # noqa: PLC0415
-
-    try:
-        return int(config.Duration.parse(text))
-    except ValueError as error:
-        raise ConfigError([f"--for: {error}"]) from error

@@ -42,7 +42,7 @@ def replay(file: Path, config_path: Path | None, rule_files: tuple[Path, ...]) -
     recording = sources.open_recording(file)
     start_ms = -(-recording.start_ms // TICK_MS) * TICK_MS
     clock = ManualClock(start_ms)
-    store = Store(None, window_ms=assembly.window_ms(groups))
+    store = Store(assembly.window_ms(groups))
     listener = _Listener(settings.lang)
     cycle = assembly.cycle(settings, groups, store, start_ms, recording, voices={"replay": listener})
     phases: dict[str, str] = {}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import datetime as dt
 from typing import TYPE_CHECKING, Any, Final
 
-from gpuwatch import notify, store
+from gpuwatch import notify
 from gpuwatch.records import LIVE_PHASES, AlertState, Labels, Refusal, Remediation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from pathlib import Path
 
     from gpuwatch.config import Settings
+    from gpuwatch.store import ReadStore
 
 Seen = dict[str, Any]
 
@@ -38,46 +38,44 @@ _SERVER_FIGURES: Final = {
 }
 
 
-def gather(database: Path, settings: Settings, now_ms: int) -> Seen:
-    """Everything `status` shows, as plain values; StoreError where there is no database yet."""
-    with store.open_read_only(database) as view:
-        written_ms = view.last_tick_ms() or 0
-        running = 0 <= now_ms - written_ms <= _RUNNING_WITHIN_MS
-        latest = view.latest(written_ms, _LOOKBACK_MS)
-        rows = view.settings()
-        refusals = view.refusals()
-        paused_ms = int(rows.get("paused_until_ms", "0"))
-        remediations = view.remediations(limit=5)
-        return {
-            "host": settings.host,
-            "running": running,
-            "at_ms": written_ms,
-            "age_ms": now_ms - written_ms,
-            "mode": str(settings.remediation.mode),
-            "paused_until_ms": paused_ms if paused_ms > (now_ms if running else written_ms) else None,
-            "gpus": _gpus(latest),
-            "servers": [_server(state, latest, written_ms) for state in view.servers().values()],
-            "alerts": [_alert(a, refusals, remediations) for a in view.active_alerts()],
-            "remediations": [_remediation(r) for r in remediations],
-            "unsent": view.unsent_count(),
-        }
+def gather(view: ReadStore, settings: Settings, now_ms: int) -> Seen:
+    """Everything `status` shows, as plain values; StoreError."""
+    written_ms = view.last_tick_ms() or 0
+    running = 0 <= now_ms - written_ms <= _RUNNING_WITHIN_MS
+    latest = view.latest(written_ms, _LOOKBACK_MS)
+    rows = view.settings()
+    refusals = view.refusals()
+    paused_ms = int(rows.get("paused_until_ms", "0"))
+    remediations = view.remediations(limit=5)
+    return {
+        "host": settings.host,
+        "running": running,
+        "at_ms": written_ms,
+        "age_ms": now_ms - written_ms,
+        "mode": str(settings.remediation.mode),
+        "paused_until_ms": paused_ms if paused_ms > (now_ms if running else written_ms) else None,
+        "gpus": _gpus(latest),
+        "servers": [_server(state, latest, written_ms) for state in view.servers().values()],
+        "alerts": [_alert(a, refusals, remediations) for a in view.active_alerts()],
+        "remediations": [_remediation(r) for r in remediations],
+        "unsent": view.unsent_count(),
+    }
 
 
-def gather_alerts(database: Path, limit: int) -> Seen:
+def gather_alerts(view: ReadStore, limit: int) -> Seen:
     """Active alerts and the last changes of state."""
-    with store.open_read_only(database) as view:
-        return {
-            "active": [_alert(a, view.refusals(), []) for a in view.active_alerts()],
-            "changes": [
-                {
-                    "at_ms": t.at_ms,
-                    "alert": t.alert.rule,
-                    "state": str(t.now or "inactive"),
-                    "labels": dict(t.alert.labels),
-                }
-                for _, t in reversed(view.transitions(limit=limit))
-            ],
-        }
+    return {
+        "active": [_alert(a, view.refusals(), []) for a in view.active_alerts()],
+        "changes": [
+            {
+                "at_ms": t.at_ms,
+                "alert": t.alert.rule,
+                "state": str(t.now or "inactive"),
+                "labels": dict(t.alert.labels),
+            }
+            for _, t in reversed(view.transitions(limit=limit))
+        ],
+    }
 
 
 def render(seen: Seen, lang: str) -> str:

@@ -13,6 +13,7 @@ import msgspec
 
 from gpuwatch.config.document import Document, PathKey, dotted, load_document
 from gpuwatch.config.duration import Duration
+from gpuwatch.config.size import Size
 from gpuwatch.errors import ConfigError
 from gpuwatch.records import Mode
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+_LEAST_RETENTION_MS: Final = 2 * 3_600_000
+_LEAST_SIZE_BYTES: Final = 64 * 2**20
 _PLACEHOLDERS: Final[dict[str, object]] = {"command": ["placeholder"], "match": {}}
 
 
@@ -143,19 +146,54 @@ class ReceiverSettings(_Struct, frozen=True, kw_only=True):
     """en or zh."""
 
 
+class RemoteWriteSettings(_Struct, frozen=True, kw_only=True):
+    """Somebody who gets all samples by Prometheus' remote write 1.0; needs `gpuwatch[remote-write]`."""
+
+    name: str
+    url: str
+    """Prometheus: `http://host:9090/api/v1/write`; VictoriaMetrics: `http://host:8428/api/v1/write`."""
+    external_labels: dict[str, str] = {}
+    """Added to every series, as `host` is; a label that a series has stays."""
+    bearer_token_file: Path | None = None
+    """A file that holds a token, which is a secret."""
+    username: str = ""
+    password_file: Path | None = None
+    """A file that holds the password of `username`."""
+    timeout: Duration = Duration(10_000)
+
+
+class StoreSettings(_Struct, frozen=True, kw_only=True):
+    """How long what is kept, and how much room it may take."""
+
+    retention: Duration = Duration(30 * 86_400_000)
+    """Samples older than this are deleted."""
+    hourly_retention: Duration = Duration(2 * 31_536_000_000)
+    """Hourly minimum, average, maximum and last are a thirtieth of the samples' size."""
+    max_size: Size = Size(2 * 2**30)
+    """Of metrics.db; the oldest samples go when it is reached, whatever their age."""
+    min_free: Size = Size(256 * 2**20)
+    """Metrics.db grows no further when its filesystem has less left: a guard must not fill the disk."""
+    state_url: str = ""
+    """Where state.db's records are kept instead: `postgresql+psycopg://user@/database`. No password here."""
+    state_url_file: Path | None = None
+    """A file that holds that URL with its password, which is a secret."""
+    remote_write: list[RemoteWriteSettings] = []
+    spool: Duration = Duration(6 * 3_600_000)
+    """Samples wait this long, on disk, for a remote_write that does not answer."""
+
+
 class Settings(_Struct, frozen=True, kw_only=True):
     """The whole configuration."""
 
     state_dir: Path = Path("/var/lib/gpuwatch")
-    """The database, and state files of supervised processes."""
+    """Both databases, and state files of supervised processes."""
     host: str = ""
     """How this host is called in messages; default: its host name."""
     rules: list[Path] = []
     """Rule files or folders of them; default: the rules that gpuwatch ships."""
-    retention: Duration = Duration(86_400_000)
-    """Samples older than this are deleted."""
     lang: str = "en"
     """Language of the command line: en or zh."""
+    store: StoreSettings = StoreSettings()
     sources: SourceSettings = SourceSettings()
     servers: list[ServerSettings] = []
     remediation: RemediationSettings = RemediationSettings()
@@ -227,6 +265,8 @@ def _decode(value: object, document: Document) -> Settings | None:
 def _decode_hook(kind: type, value: object) -> object:
     if kind is Duration:
         return Duration.parse(value)
+    if kind is Size:
+        return Size.parse(value)
     if kind is Path:
         if isinstance(value, str) and value:
             return Path(value)
@@ -301,6 +341,7 @@ def _mend(value: object, path: PathKey, missing: str) -> bool:
 def _troubles(settings: Settings) -> list[_Trouble]:
     """What types cannot say."""
     found = [*_name_troubles(settings), *_server_troubles(settings), *_receiver_troubles(settings)]
+    found += _store_troubles(settings.store)
     for i, policy in enumerate(settings.policies):
         found += [
             _Trouble(("policies", i, "steps"), f"unknown step {step!r}; known: restart")
@@ -322,13 +363,43 @@ def _troubles(settings: Settings) -> list[_Trouble]:
 
 def _name_troubles(settings: Settings) -> list[_Trouble]:
     found = []
-    named = {"servers": [s.name for s in settings.servers], "receivers": [r.name for r in settings.receivers]}
-    for key, names in named.items():
+    named: list[tuple[PathKey, list[str]]] = [
+        (("servers",), [s.name for s in settings.servers]),
+        (("receivers",), [r.name for r in settings.receivers]),
+        (("store", "remote_write"), [w.name for w in settings.store.remote_write]),
+    ]
+    for key, names in named:
         for i, name in enumerate(names):
             if not _NAME.fullmatch(name):
-                found.append(_Trouble((key, i, "name"), f"{name!r}: use letters, digits, . _ -"))
+                found.append(_Trouble((*key, i, "name"), f"{name!r}: use letters, digits, . _ -"))
             if name in names[:i]:
-                found.append(_Trouble((key, i, "name"), f"{name!r} is there already"))
+                found.append(_Trouble((*key, i, "name"), f"{name!r} is there already"))
+    return found
+
+
+def _store_troubles(store: StoreSettings) -> list[_Trouble]:
+    found = []
+    if store.retention < _LEAST_RETENTION_MS:
+        found.append(_Trouble(("store", "retention"), "must be at least 2h, which rules may look back on"))
+    if store.max_size < _LEAST_SIZE_BYTES:
+        found.append(_Trouble(("store", "max_size"), "must be at least 64MiB"))
+    if store.state_url and store.state_url_file:
+        found.append(_Trouble(("store", "state_url"), "is there beside state_url_file; give one of them"))
+    if re.match(r"[^/]*//[^/@]*:[^/@]*@", store.state_url):
+        found.append(_Trouble(("store", "state_url"), "holds a password; put the URL in a state_url_file"))
+    if store.state_url and not store.state_url.startswith("postgresql+psycopg://"):
+        found.append(_Trouble(("store", "state_url"), "must begin with postgresql+psycopg://"))
+    return found + _remote_write_troubles(store.remote_write)
+
+
+def _remote_write_troubles(receivers: Sequence[RemoteWriteSettings]) -> list[_Trouble]:
+    found = []
+    for i, receiver in enumerate(receivers):
+        if not re.match(r"https?://[^/]", receiver.url):
+            found.append(_Trouble(("store", "remote_write", i, "url"), f"{receiver.url!r} is no http URL"))
+        if receiver.username and (receiver.password_file is None or receiver.bearer_token_file):
+            what = "needs a password_file and no bearer_token_file"
+            found.append(_Trouble(("store", "remote_write", i, "username"), what))
     return found
 
 

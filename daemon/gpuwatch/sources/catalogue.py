@@ -29,6 +29,19 @@ _OWN: Final = (
     _gauge("gpuwatch_receiver_broken", "1 while a receiver refuses every message, else 0.", "receiver"),
     _gauge("gpuwatch_notifications_unsent", "Messages that wait to be sent.", "receiver"),
     _gauge("gpuwatch_rules_failing", "Rules that could not be evaluated."),
+    _gauge("gpuwatch_remote_write_failing", "1 while a receiver of samples takes none, else 0.", "receiver"),
+    Metric(
+        name="gpuwatch_remote_write_dropped_samples_total",
+        kind=MetricKind.COUNTER,
+        help="Samples that a receiver refused, or that waited for it too long.",
+        labels=("receiver",),
+    ),
+    _gauge("gpuwatch_store_failing", "1 while this file takes nothing that is to be saved, else 0.", "file"),
+    Metric(
+        name="gpuwatch_store_dropped_scrapes_total",
+        kind=MetricKind.COUNTER,
+        help="Scrapes that were given up because no disk took them.",
+    ),
     Metric(
         name="gpuwatch_internal_errors_total",
         kind=MetricKind.COUNTER,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import msgspec
@@ -11,6 +12,7 @@ from gpuwatch.errors import StoreError
 from gpuwatch.records import (
     LIVE_PHASES,
     Alert,
+    AlertState,
     Notification,
     Refusal,
     Remediation,
@@ -18,21 +20,21 @@ from gpuwatch.records import (
     Transition,
 )
 from gpuwatch.store.codec import from_json
-from gpuwatch.store.faults import IN_MEMORY
 from gpuwatch.store.schema import (
     ALERT,
+    AUDIT,
     NOTIFICATION,
     RECEIVER,
     REFUSAL,
     REMEDIATION,
     SERVER,
     SETTING,
-    TICK,
     TRANSITION,
 )
+from gpuwatch.store.writing import Audit
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from sqlalchemy import Row
 
@@ -40,11 +42,32 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
+UNREADABLE: Final = (msgspec.MsgspecError, ValueError)  # what reading a record out of a row may raise
+_NOTIFICATION: Final = [c for c in NOTIFICATION.c if c.name != "seq"]
 _UNSENT: Final = (NOTIFICATION.c.sent_at_ms.is_(None), NOTIFICATION.c.gave_up_at_ms.is_(None))
 
 
+def transition_of(row: Mapping[str, Any]) -> Transition:
+    """The change that a row of the history tells of; see `UNREADABLE`."""
+    was, now = (None if row[name] is None else AlertState(row[name]) for name in ("was", "now"))
+    alert = from_json(row["record"], Alert)
+    named = replace(alert, labels=alert.labels.merged({"alertname": alert.rule}))
+    return Transition(alert=named, was=was, now=now, at_ms=row["at_ms"])
+
+
+def notification_of(row: Mapping[str, Any]) -> Notification:
+    """The message in a row; see `UNREADABLE`."""
+    return msgspec.convert(dict(row), Notification)
+
+
+def audit_of(row: Mapping[str, Any]) -> Audit:
+    """What a person asked for; see `UNREADABLE`."""
+    facts = msgspec.json.decode(row["record"], type=dict[str, str])
+    return Audit(at_ms=row["at_ms"], who=row["who"], what=row["what"], facts=facts)
+
+
 class Rows:
-    """What `Store` and `ReadStore` read alike. Every method is one query and may raise StoreError."""
+    """What the daemon and other processes read alike. Every method is one query and may raise StoreError."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -65,12 +88,12 @@ class Rows:
 
     def transitions(self, limit: int = 100, after_id: int = 0) -> list[tuple[int, Transition]]:
         """History with its ids, oldest first: the newest `limit`, or the next `limit` after an id."""
-        chosen = select(TRANSITION.c.id, TRANSITION.c.record).limit(limit)
+        chosen = select(TRANSITION).limit(limit)
         if after_id:
             rows = self._rows(chosen.where(TRANSITION.c.id > after_id).order_by(TRANSITION.c.id))
         else:
             rows = self._rows(chosen.order_by(TRANSITION.c.id.desc()))[::-1]
-        return [(row.id, self._record(Transition, row.record)) for row in rows]
+        return [(row.id, self._read(Transition, transition_of, row)) for row in rows]
 
     def servers(self) -> dict[str, ServerState]:
         """By name."""
@@ -98,8 +121,8 @@ class Rows:
 
     def unsent(self, receiver: str, limit: int = 50) -> list[Notification]:
         """Neither sent nor given up, in the order they were first saved."""
-        found = select(NOTIFICATION.c.record).where(NOTIFICATION.c.receiver == receiver, *_UNSENT)
-        return self._records(Notification, found.order_by(NOTIFICATION.c.seq).limit(limit))
+        found = select(*_NOTIFICATION).where(NOTIFICATION.c.receiver == receiver, *_UNSENT)
+        return self._notifications(found.order_by(NOTIFICATION.c.seq).limit(limit))
 
     def unsent_count(self) -> dict[str, int]:
         """By receiver; one without unsent messages is not named."""
@@ -115,8 +138,7 @@ class Rows:
 
     def notifications(self, limit: int = 100) -> list[Notification]:
         """The newest first."""
-        found = select(NOTIFICATION.c.record).order_by(NOTIFICATION.c.seq.desc())
-        return self._records(Notification, found.limit(limit))
+        return self._notifications(select(*_NOTIFICATION).order_by(NOTIFICATION.c.seq.desc()).limit(limit))
 
     def receivers(self) -> dict[str, str]:
         """The delivery state of each receiver, as JSON."""
@@ -126,10 +148,10 @@ class Rows:
         """Wishes of people, left by the command line, and what the daemon keeps for itself."""
         return self._pairs(select(SETTING.c.name, SETTING.c.value))
 
-    def last_tick_ms(self) -> int | None:
-        """`at_ms` of the newest save; None before the first."""
-        rows = self._rows(select(TICK.c.at_ms))
-        return int(rows[0][0]) if rows else None
+    def audit(self, limit: int = 100) -> list[Audit]:
+        """What people asked for, the newest first."""
+        rows = self._rows(select(AUDIT).order_by(AUDIT.c.id.desc()).limit(limit))
+        return [self._read(Audit, audit_of, row) for row in rows]
 
     def _rows(self, query: Select[*tuple[Any, ...]]) -> Sequence[Row[*tuple[Any, ...]]]:
         with self._database.reading("read rows") as connection:
@@ -138,14 +160,17 @@ class Rows:
     def _pairs(self, query: Select[*tuple[Any, ...]]) -> dict[str, str]:
         return {row[0]: row[1] for row in self._rows(query)}
 
-    def _records(self, kind: type[R], query: Select[*tuple[Any, ...]]) -> list[R]:
-        return [self._record(kind, row.record) for row in self._rows(query)]
+    def _notifications(self, query: Select[*tuple[Any, ...]]) -> list[Notification]:
+        return [self._read(Notification, notification_of, row) for row in self._rows(query)]
 
-    def _record(self, kind: type[R], text: str) -> R:
+    def _records(self, kind: type[R], query: Select[*tuple[Any, ...]]) -> list[R]:
+        return [self._read(kind, lambda r: from_json(r["record"], kind), row) for row in self._rows(query)]
+
+    def _read(self, kind: type[R], read: Callable[[Mapping[str, Any]], R], row: Row[*tuple[Any, ...]]) -> R:
         try:
-            return from_json(text, kind)
-        except msgspec.MsgspecError as error:
-            what = f"cannot read a {kind.__name__} in {self._database.path or IN_MEMORY}: {error}"
+            return read(dict(row._mapping))  # noqa: SLF001 - SQLAlchemy's public name for it
+        except UNREADABLE as error:
+            what = f"cannot read a {kind.__name__} in {self._database.name}: {error}"
             raise StoreError(
                 f"{what}; to cure it, mend or delete that row of {kind.__name__.lower()}"
             ) from error

@@ -1,60 +1,48 @@
-"""The tables as they are today; how a file comes to have them is told by `migrations`.
+"""The tables of state as they are today; how a database comes to have them is told by `migrations`.
 
-A record is a row: what is searched has a column, and `record` holds all of it as JSON.
+A record is a row: what is searched has a column, and `record` holds the rest or all of it as JSON.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from sqlalchemy import TableClause, column, table
+from sqlalchemy import BigInteger, ColumnClause, TableClause, Text, column, table
 
 MIGRATION: Final = table("migration", column("version"), column("name"))
-TICK: Final = table("tick", column("id"), column("at_ms"))
-SERIES: Final = table("series", column("id"), column("labels"), column("metric"))
-SAMPLE: Final = table("sample", column("at_ms"), column("series_id"), column("value"))
+
+
+def _texts(*names: str) -> list[ColumnClause[str]]:
+    return [column(name, Text()) for name in names]
+
+
+def _numbers(*names: str) -> list[ColumnClause[int]]:
+    return [column(name, BigInteger()) for name in names]
+
+
 ALERT: Final = table(
-    "alert", column("rule"), column("labels"), column("state"), column("active_at_ms"), column("record")
+    "alert", *_texts("rule", "labels", "state"), *_numbers("active_at_ms"), *_texts("record")
 )
 TRANSITION: Final = table(
-    "transition",
-    column("id"),
-    column("at_ms"),
-    column("rule"),
-    column("was"),
-    column("now"),
-    column("record"),
+    "transition", *_numbers("id", "at_ms", "digest"), *_texts("rule", "was", "now", "record")
 )
-SERVER: Final = table("server", column("name"), column("phase"), column("record"))
+SERVER: Final = table("server", *_texts("name", "phase", "record"))
 REMEDIATION: Final = table(
-    "remediation",
-    column("id"),
-    column("server"),
-    column("phase"),
-    column("created_at_ms"),
-    column("record"),
+    "remediation", *_texts("id", "server", "phase"), *_numbers("created_at_ms"), *_texts("record")
 )
 NOTIFICATION: Final = table(
     "notification",
-    column("seq"),
-    column("id"),
-    column("receiver"),
-    column("created_at_ms"),
-    column("sent_at_ms"),
-    column("gave_up_at_ms"),
-    column("record"),
+    *_numbers("seq"),
+    *_texts("id", "receiver"),
+    *_numbers("created_at_ms", "next_attempt_at_ms", "attempts", "sent_at_ms", "gave_up_at_ms"),
+    *_texts("error", "body"),
 )
-RECEIVER: Final = table("receiver", column("name"), column("record"))
-REFUSAL: Final = table(
-    "refusal", column("id"), column("server"), column("alert"), column("code"), column("record")
-)
-SETTING: Final = table("setting", column("name"), column("value"))
+RECEIVER: Final = table("receiver", *_texts("name", "record"))
+REFUSAL: Final = table("refusal", *_numbers("id"), *_texts("server", "alert", "code", "record"))
+SETTING: Final = table("setting", *_texts("name", "value"))
+AUDIT: Final = table("audit", *_numbers("id", "at_ms"), *_texts("who", "what", "record"))
 
-TABLES: Final[tuple[TableClause, ...]] = (
-    MIGRATION,
-    TICK,
-    SERIES,
-    SAMPLE,
+STATE_TABLES: Final[tuple[TableClause, ...]] = (
     ALERT,
     TRANSITION,
     SERVER,
@@ -63,4 +51,5 @@ TABLES: Final[tuple[TableClause, ...]] = (
     RECEIVER,
     REFUSAL,
     SETTING,
+    AUDIT,
 )

@@ -1,24 +1,29 @@
-"""What one tick changes, and how it is written; never opens a transaction of its own."""
+"""What one tick changes, and how it is written; never opens a transaction of its own.
+
+Rule: whatever is written twice is as if it were written once, because a commit whose answer was lost is
+written again.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import bindparam, delete, or_
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy import bindparam, delete, insert, or_, text
 
 from gpuwatch.records import LIVE_PHASES, Alert, Notification, Refusal, Remediation, ServerState, Transition
-from gpuwatch.store.codec import labels_json, to_json
+from gpuwatch.store.codec import clean, labels_json, to_json
 from gpuwatch.store.schema import (
     ALERT,
+    AUDIT,
     NOTIFICATION,
     RECEIVER,
     REFUSAL,
     REMEDIATION,
     SERVER,
     SETTING,
-    TICK,
     TRANSITION,
 )
 
@@ -29,6 +34,20 @@ if TYPE_CHECKING:
 
 Columns = dict[str, Any]
 
+_KEPT_ANNOTATIONS: Final = ("summary",)
+_IN_HISTORY_TOO: Final = ("labels", "value", "host", "since_ms")
+_SERIAL: Final = frozenset({(TRANSITION, "id"), (NOTIFICATION, "seq"), (REFUSAL, "id"), (AUDIT, "id")})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Audit:
+    """That a person asked for something: `what` as the command is called, `facts` what it was given."""
+
+    at_ms: int
+    who: str
+    what: str
+    facts: Mapping[str, str] = field(default_factory=dict)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changes:
@@ -37,7 +56,7 @@ class Changes:
     `alerts` (pending, firing), `servers`, `remediations`, `notifications` and `receivers` change
     the row of the same identity, or add it. `ended` alerts leave the active ones. `transitions`
     are added to the history. `refusals` replace the present ones unless None. `receivers` are the
-    JSON of a delivery state by name. A setting of None is deleted.
+    JSON of a delivery state by name. A setting of None is deleted. `audit` is added to what is there.
     """
 
     alerts: Sequence[Alert] = ()
@@ -49,13 +68,30 @@ class Changes:
     receivers: Mapping[str, str] = field(default_factory=dict)
     refusals: Sequence[Refusal] | None = None
     settings: Mapping[str, str | None] = field(default_factory=dict)
+    audit: Sequence[Audit] = ()
+
+
+def _columns(table: TableClause) -> list[str]:
+    """Those that a writer fills in; the database counts the others up."""
+    return [c.name for c in table.c if (table, c.name) not in _SERIAL]
 
 
 def upsert(table: TableClause, *key: str) -> Executable:
-    """Insert, or change the row that has this key in place: its rowid, and so its order, stays."""
-    statement = insert(table)
-    changed = {c.name: statement.excluded[c.name] for c in table.c if c.name not in {*key, "seq"}}
-    return statement.on_conflict_do_update(index_elements=key, set_=changed)
+    """Insert, or change the row that has this key in place: its number, and so its order, stays."""
+    changed = ", ".join(f"{name} = excluded.{name}" for name in _columns(table) if name not in key)
+    return _insert(table, f"({', '.join(key)}) DO UPDATE SET {changed}")
+
+
+def add(table: TableClause) -> Executable:
+    """Insert, unless the row is there already."""
+    return _insert(table, "DO NOTHING")
+
+
+def _insert(table: TableClause, on_conflict: str) -> Executable:
+    # As text, because it is the same for every database and SQLAlchemy's constructs are not.
+    names = _columns(table)
+    values = ", ".join(f":{name}" for name in names)
+    return text(f"INSERT INTO {table.name} ({', '.join(names)}) VALUES ({values}) ON CONFLICT {on_conflict}")
 
 
 def alert_key(alert: Alert) -> Columns:
@@ -74,13 +110,22 @@ def alert_row(alert: Alert) -> Columns:
 
 
 def transition_row(transition: Transition) -> Columns:
-    """A new row of the history."""
+    """A row of the history. Of the annotations it keeps the summary; the others stand in the rule file.
+
+    The label `alertname` is the rule, and left out.
+    """
+    alert = transition.alert
+    told = json.dumps([alert.rule, labels_json(alert.labels), transition.was, transition.now])
+    digest = hashlib.sha256(told.encode()).digest()
     return {
         "at_ms": transition.at_ms,
-        "rule": transition.alert.rule,
-        "was": transition.was and transition.was.value,
-        "now": transition.now and transition.now.value,
-        "record": to_json(transition),
+        "digest": int.from_bytes(digest[:8], "big", signed=True),
+        "rule": alert.rule,
+        "was": transition.was,
+        "now": transition.now,
+        "record": to_json(
+            replace(alert, labels=alert.labels.without("alertname"), annotations=_kept(alert.annotations))
+        ),
     }
 
 
@@ -101,15 +146,35 @@ def remediation_row(remediation: Remediation) -> Columns:
 
 
 def notification_row(notification: Notification) -> Columns:
-    """The row of a message."""
+    """The row of a message. Once it is over, its body is as short as the history's."""
+    over = notification.sent_at_ms is not None or notification.gave_up_at_ms is not None
     return {
         "id": notification.id,
         "receiver": notification.receiver,
         "created_at_ms": notification.created_at_ms,
+        "next_attempt_at_ms": notification.next_attempt_at_ms,
+        "attempts": notification.attempts,
         "sent_at_ms": notification.sent_at_ms,
         "gave_up_at_ms": notification.gave_up_at_ms,
-        "record": to_json(notification),
+        "error": clean(notification.error),
+        "body": _shortened(notification.body) if over else clean(notification.body),
     }
+
+
+def _shortened(body: str) -> str:
+    """The body without what is empty, or stands in the history or the rule file; no JSON object: as it is."""
+    try:
+        event = json.loads(body)
+        kept = event | {"annotations": _kept(event.get("annotations", {}))}
+    except (ValueError, AttributeError, TypeError):
+        return clean(body)
+    return to_json(
+        {k: v for k, v in kept.items() if v not in (None, "", {}, []) and k not in _IN_HISTORY_TOO}
+    )
+
+
+def _kept(annotations: Mapping[str, str]) -> Mapping[str, str]:
+    return {name: annotations[name] for name in _KEPT_ANNOTATIONS if name in annotations}
 
 
 def refusal_row(refusal: Refusal) -> Columns:
@@ -122,16 +187,28 @@ def refusal_row(refusal: Refusal) -> Columns:
     }
 
 
+def audit_row(audit: Audit) -> Columns:
+    """A row of what people asked for."""
+    return {
+        "at_ms": audit.at_ms,
+        "who": clean(audit.who),
+        "what": clean(audit.what),
+        "record": to_json(audit.facts),
+    }
+
+
 # Built once: SQLAlchemy finds the compiled text of a statement by the object.
-_SAVE_TICK: Final = upsert(TICK, "id")
-_SAVE_ALERT: Final = upsert(ALERT, "rule", "labels")
-_SAVE_SERVER: Final = upsert(SERVER, "name")
-_SAVE_REMEDIATION: Final = upsert(REMEDIATION, "id")
-_SAVE_NOTIFICATION: Final = upsert(NOTIFICATION, "id")
-_SAVE_RECEIVER: Final = upsert(RECEIVER, "name")
-_SAVE_SETTING: Final = upsert(SETTING, "name")
-_ADD_TRANSITION: Final = insert(TRANSITION)
-_ADD_REFUSAL: Final = insert(REFUSAL)
+SAVE: Final[Mapping[str, Executable]] = {
+    ALERT.name: upsert(ALERT, "rule", "labels"),
+    TRANSITION.name: add(TRANSITION),
+    SERVER.name: upsert(SERVER, "name"),
+    REMEDIATION.name: upsert(REMEDIATION, "id"),
+    NOTIFICATION.name: upsert(NOTIFICATION, "id"),
+    RECEIVER.name: upsert(RECEIVER, "name"),
+    REFUSAL.name: add(REFUSAL),
+    SETTING.name: upsert(SETTING, "name"),
+    AUDIT.name: add(AUDIT),
+}
 _END_ALERT: Final = delete(ALERT).where(
     ALERT.c.rule == bindparam("rule"), ALERT.c.labels == bindparam("labels")
 )
@@ -147,31 +224,47 @@ _PRUNE_HISTORY: Final = (
         NOTIFICATION.c.created_at_ms < bindparam("before_ms"),
         or_(NOTIFICATION.c.sent_at_ms.is_not(None), NOTIFICATION.c.gave_up_at_ms.is_not(None)),
     ),
+    delete(AUDIT).where(AUDIT.c.at_ms < bindparam("before_ms")),
 )
 
 
-def write_changes(connection: Connection, changes: Changes, tick_ms: int | None) -> None:
-    """Write them, and that there was a tick at `tick_ms`, unless it is None."""
-    _write(connection, _SAVE_TICK, [] if tick_ms is None else [{"id": 1, "at_ms": tick_ms}])
+def write_changes(connection: Connection, changes: Changes) -> None:
+    """Write them."""
     # Ended first: an alert that ended and began again within the tick stays.
     _write(connection, _END_ALERT, [alert_key(alert) for alert in changes.ended])
-    _write(connection, _SAVE_ALERT, [alert_row(alert) for alert in changes.alerts])
-    _write(connection, _ADD_TRANSITION, [transition_row(t) for t in changes.transitions])
-    _write(connection, _SAVE_SERVER, [server_row(server) for server in changes.servers])
-    _write(connection, _SAVE_REMEDIATION, [remediation_row(r) for r in changes.remediations])
-    _write(connection, _SAVE_NOTIFICATION, [notification_row(n) for n in changes.notifications])
-    _write(connection, _SAVE_RECEIVER, [{"name": k, "record": v} for k, v in changes.receivers.items()])
+    save(connection, ALERT, [alert_row(alert) for alert in changes.alerts])
+    save(connection, TRANSITION, [transition_row(t) for t in changes.transitions])
+    save(connection, SERVER, [server_row(server) for server in changes.servers])
+    save(connection, REMEDIATION, [remediation_row(r) for r in changes.remediations])
+    save(connection, NOTIFICATION, [notification_row(n) for n in changes.notifications])
+    save(connection, RECEIVER, [{"name": k, "record": v} for k, v in changes.receivers.items()])
     if changes.refusals is not None:
         connection.execute(_CLEAR_REFUSALS)
-        _write(connection, _ADD_REFUSAL, [refusal_row(refusal) for refusal in changes.refusals])
+        save(connection, REFUSAL, [refusal_row(refusal) for refusal in changes.refusals])
+    save(connection, AUDIT, [audit_row(audit) for audit in changes.audit])
     write_settings(connection, changes.settings)
 
 
 def write_settings(connection: Connection, settings: Mapping[str, str | None]) -> None:
     """Change settings; None deletes."""
-    kept = [{"name": name, "value": value} for name, value in settings.items() if value is not None]
-    _write(connection, _SAVE_SETTING, kept)
-    _write(connection, _DELETE_SETTING, [{"name": k} for k, value in settings.items() if value is None])
+    kept = [
+        {"name": clean(name), "value": clean(value)} for name, value in settings.items() if value is not None
+    ]
+    save(connection, SETTING, kept)
+    _write(
+        connection, _DELETE_SETTING, [{"name": clean(k)} for k, value in settings.items() if value is None]
+    )
+
+
+def save(connection: Connection, table: TableClause, rows: Sequence[Columns]) -> None:
+    """Add rows, or change those of the same key."""
+    _write(connection, SAVE[table.name], rows)
+
+
+def put(connection: Connection, table: TableClause, rows: Sequence[Columns]) -> None:
+    """Add rows with all their columns, numbers included; what stands there with the same key stays."""
+    if rows:
+        connection.execute(insert(table).prefix_with("OR IGNORE"), rows)
 
 
 def prune_history(connection: Connection, before_ms: int) -> int:

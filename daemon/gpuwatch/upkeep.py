@@ -1,0 +1,110 @@
+"""What keeps the house in order beside the straight line: seals hours, deletes what is old, sends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from gpuwatch import notify, remote_write
+from gpuwatch.records import Labels
+from gpuwatch.remote_write import RemoteWriteError
+from gpuwatch.store import Changes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from gpuwatch.records import Scrape
+    from gpuwatch.remote_write import RemoteWriter, WriterState
+    from gpuwatch.store import Store
+    from gpuwatch.troubles import Troubles
+
+    Row = tuple[int, Scrape]
+
+_PRUNE_MS: Final = 600_000
+_SEAL_MS: Final = 60_000
+_SEND_MS: Final = 5_000
+_REQUESTS_A_TURN: Final = 50
+_ROWS_A_REQUEST: Final = 200
+_ROWS_ONE_BY_ONE: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Something to run every `every_ms`, `offset_ms` after the full second, handed the time.
+
+    A `worker` job may take long beside the others.
+    """
+
+    name: str
+    every_ms: int
+    run: Callable[[int], object]
+    offset_ms: int = 0
+    worker: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upkeep:
+    """What it works on; `spool_ms`: how long samples wait for a receiver."""
+
+    store: Store
+    receivers: Iterable[str]
+    writers: Mapping[str, RemoteWriter]
+    spool_ms: int
+    troubles: Troubles
+    jitter: Callable[[], float]
+
+    def jobs(self) -> list[Job]:
+        """The schedule as data."""
+        sends = [Job(f"send:{n}", _SEND_MS, partial(self.send, n), offset_ms=700) for n in self.writers]
+        return [
+            *sends,
+            Job("seal", _SEAL_MS, self.store.seal, offset_ms=800),
+            Job("prune", _PRUNE_MS, self.prune, offset_ms=900),
+        ]
+
+    def prune(self, now_ms: int) -> None:
+        """Delete what is older than the settings keep, and give up news that is a day old."""
+        self.store.prune(now_ms)
+        for name in self.receivers:
+            rows = notify.expired(self.store.unsent(name, limit=1000), now_ms)
+            if rows:
+                self.store.save(Changes(notifications=rows), None)
+
+    def send(self, name: str, now_ms: int) -> None:
+        """Send on what was saved since the last time, oldest first."""
+        state = remote_write.writer_state(*self.store.forwarder(name, now_ms))
+        dropped = state.dropped_samples
+        for _ in range(_REQUESTS_A_TURN):
+            if not remote_write.is_due(state, now_ms):
+                break
+            limit = _ROWS_ONE_BY_ONE if state.row_by_row else _ROWS_A_REQUEST
+            rows = self.store.scrapes_after(state.cursor, limit, now_ms)
+            if not rows:
+                break
+            state = self._send(name, state, rows, now_ms)
+            self.store.save_forwarder(name, state.cursor, remote_write.state_json(state), now_ms)
+        self._say(name, state, state.dropped_samples - dropped, now_ms)
+
+    def _send(self, name: str, state: WriterState, rows: Sequence[Row], now_ms: int) -> WriterState:
+        """One request of the first of these rows."""
+        state = remote_write.after_waiting(state, rows, now_ms - self.spool_ms)
+        batch = remote_write.take(state, [row for row in rows if row[0] > state.cursor])
+        if not batch:
+            return state
+        try:
+            self.writers[name].send([scrape for _, scrape in batch])
+        except RemoteWriteError as error:
+            return remote_write.after_failure(state, error, batch, now_ms=now_ms, jitter=self.jitter())
+        return remote_write.after_success(state, batch)
+
+    def _say(self, name: str, state: WriterState, dropped: int, now_ms: int) -> None:
+        """In the log and as metrics."""
+        self.troubles.say(f"remote_write {name}", state.error if state.failures else "")
+        refused = f"{dropped} samples were left out: {state.error}" if dropped else ""
+        self.troubles.say(f"remote_write {name} refuses", refused)
+        own = {
+            Labels.of("gpuwatch_remote_write_failing", receiver=name): float(bool(state.failures)),
+            Labels.of("gpuwatch_remote_write_dropped_samples_total", receiver=name): state.dropped_samples,
+        }
+        self.store.append(f"send:{name}", now_ms, list(own), [float(value) for value in own.values()])
