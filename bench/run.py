@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pynvml
+import store
 
 from gpuwatch.sources.readings import READINGS
 
@@ -102,7 +103,7 @@ def bench_replay(_seconds):
     )
 
 
-BENCHES = {"daemon": bench_daemon, "replay": bench_replay}
+BENCHES = {"daemon": bench_daemon, "replay": bench_replay, "store": store.bench}
 
 
 def main():
@@ -111,15 +112,15 @@ def main():
     parser.add_argument("--seconds", type=int, default=40)
     given = parser.parse_args()
     results = []
-    print(f"{'name':28} {'value':>9} {'unit':12} {'bar':>6}  beside")
+    print(f"{'name':38} {'value':>9} {'unit':12} {'bar':>6}  beside")
     for name, bench in BENCHES.items():
         if given.only in {None, name}:
             for row in bench(given.seconds):
                 result = dict(zip(("name", "value", "unit", "bar", "beside"), row, strict=True))
                 results.append(result)
                 bar = "" if result["bar"] is None else f"≤ {result['bar']}"
-                figures = f"{result['name']:28} {result['value']:9.2f} {result['unit']:12}"
-                print(f"{figures} {bar:>6}  {result['beside']}")
+                figures = f"{result['name']:38} {result['value']:9.3f} {result['unit']:12}"
+                print(f"{figures} {bar:>6}  {result['beside']}", flush=True)
     (ROOT / "bench/results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
