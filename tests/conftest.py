@@ -10,10 +10,6 @@ settings.load_profile("steady")
 
 
 @pytest.fixture(autouse=True)
-def logging_as_it_was():
+def logging_as_in_a_new_process():
     """Commands set up logging for their process, which here is that of all tests."""
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    yield
-    root.setLevel(level)
-    root.handlers[:] = handlers
+    logging.getLogger().setLevel(logging.WARNING)
