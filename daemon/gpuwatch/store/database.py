@@ -37,7 +37,6 @@ _OWNER_PRAGMAS: Final = (
     "cache_size=-512",  # KiB; a tick touches few pages, and this is a guest on the host
     "journal_size_limit=16777216",  # a long reader lets the WAL grow; it shrinks again at the next reset
 )
-_READER_PRAGMAS: Final = ("mmap_size=1073741824",)  # a frame is a hundred pages: a third less time to read
 _WISHER_PRAGMAS: Final = ("synchronous=FULL", "wal_autocheckpoint=0")
 
 
@@ -126,13 +125,13 @@ def read(path: Path, busy_ms: int = 2_000) -> Database:
     """A reading connection, with or without a running daemon."""
     _must_exist(path)
     try:
-        return _open(path, "mode=ro", busy_ms, _READER_PRAGMAS)
+        return _open(path, "mode=ro", busy_ms)
     except StoreError as error:
         # After a clean stop a reader needs to make the -shm file, which it cannot in a folder
         # that it may not write. Without a WAL nothing is missed by not having it.
         if error.kind not in {"gone", "read_only"} or _has_wal(path):
             raise
-        return _open(path, "mode=ro&immutable=1", busy_ms, _READER_PRAGMAS)
+        return _open(path, "mode=ro&immutable=1", busy_ms)
 
 
 def wish(path: Path, busy_ms: int = 5_000) -> Database:

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Final
 from gpuwatch.frames.rowtext import is_absent
 from gpuwatch.records import is_stale
 from gpuwatch.store.metrics import read_layout, readable
+from gpuwatch.store.seek import row_ids
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from gpuwatch.records import Labels
 
-_LATE_MS: Final = 60_000  # a slow source's scrape stands behind those of a later instant
+_ROWS: Final = "SELECT id, layout, at_ms FROM hot WHERE id >= ? AND id < ? AND at_ms > ? AND at_ms <= ?"
 
 
 def latest(connection: Connection, now_ms: int, lookback_ms: int) -> dict[Labels, float]:
@@ -39,15 +40,14 @@ def _rows_by_layout(
     connection: Connection, now_ms: int, lookback_ms: int
 ) -> dict[int, list[tuple[int, int]]]:
     """By layout (id, at_ms) of the rows in the window, the newest first."""
+    after_ms = now_ms - lookback_ms
     found: dict[int, list[tuple[int, int]]] = {}
-    rows = connection.exec_driver_sql("SELECT id, layout, at_ms FROM hot ORDER BY id DESC")
-    for number, layout, at_ms in rows:
-        if at_ms <= now_ms - lookback_ms - _LATE_MS:
-            break
-        if now_ms - lookback_ms < at_ms <= now_ms:
+    for bounds in row_ids(connection, after_ms, now_ms):
+        # Upwards, which the kernel reads ahead where the file is not in memory.
+        rows = connection.exec_driver_sql(_ROWS, (*bounds, after_ms, now_ms))
+        for number, layout, at_ms in rows:
             found.setdefault(layout, []).append((number, at_ms))
-    rows.close()
-    return found
+    return {layout: rows[::-1] for layout, rows in found.items()}
 
 
 def _text(connection: Connection, number: int) -> str:
