@@ -72,6 +72,7 @@ class Disk:
         self._ballast = Ballast(folder)
         self._state_is_here = False
         self._metrics_file: _File = None
+        self._metrics_path = os.fspath(folder / METRICS_DB)
         self._lock_file: _File = None
         self._ownership: database.Ownership | None = None
         self._own()
@@ -104,7 +105,7 @@ class Disk:
 
     def _own(self) -> None:
         """Be the only gpuwatch in the folder, which may not be the one that it was."""
-        path = self.folder / database.LOCK
+        path = os.fspath(self.folder / database.LOCK)
         if self._ownership is not None and _file_at(path) == self._lock_file:
             return
         self._disown()
@@ -150,7 +151,7 @@ class Disk:
                     raise
                 self._set_aside(path, error, now_ms)
                 self.metrics = _opened(path)
-        self._metrics_file = _file_at(path)
+        self._metrics_file = _file_at(self._metrics_path)
         self._limit(self.metrics)
         return self.metrics
 
@@ -264,11 +265,10 @@ class Disk:
 
     def _must_be_there(self) -> None:
         """SQLite goes on writing to a file that was moved or deleted, and nobody would see it again."""
-        path = self.folder / METRICS_DB
-        if _file_at(path) != self._metrics_file:
+        if _file_at(self._metrics_path) != self._metrics_file:
             raise StoreError(
-                f"cannot use {path} any more: it was moved, deleted or replaced; to cure it, leave the"
-                " files of a running gpuwatch alone. What is there now is opened",
+                f"cannot use {self._metrics_path} any more: it was moved, deleted or replaced;"
+                " to cure it, leave the files of a running gpuwatch alone. What is there now is opened",
                 kind="gone",
             )
 
@@ -292,9 +292,9 @@ class Disk:
         return seen.f_bavail * seen.f_frsize
 
 
-def _file_at(path: Path) -> _File:
+def _file_at(path: str) -> _File:
     try:
-        seen = path.stat()
+        seen = os.stat(path)  # noqa: PTH116 (each second: half the time of a Path)
     except OSError:
         return None
     return seen.st_dev, seen.st_ino
