@@ -25,9 +25,9 @@ def run(path: Path, before_ms: int, now_ms: int) -> list[Sealed]:
     """The frames of the oldest hour that is over at `before_ms`; StoreError if the process fails."""
     command = [sys.executable, "-P", "-m", "gpuwatch.frames.sealing", str(path), str(before_ms), str(now_ms)]
     try:
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: S603
             command, env=_ENVIRONMENT, stdout=subprocess.PIPE, timeout=_WITHIN_S, check=True
-        )  # noqa: S603
+        )
     except (OSError, subprocess.SubprocessError) as error:
         message = f"cannot seal an hour of {path}: {error}; its samples stay as rows and it is tried again"
         is_damage = getattr(error, "returncode", None) == DAMAGED
