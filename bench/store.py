@@ -153,7 +153,7 @@ def beside_peers(day):
     rows = peers.plain_rows(day)
     for aligned in (False, True):
         word = "aligned" if aligned else "jittered"
-        ours = frames_only(six, aligned=aligned)
+        ours, _ = frames_only(six, aligned=aligned)
         for name, peer, bar in (
             ("victoria_metrics", peers.victoria_metrics, None if aligned else 0.35),
             ("prometheus", peers.prometheus, None if aligned else 0.15),
@@ -171,7 +171,7 @@ def beside_peers(day):
 
 
 def frames_only(day, *, aligned):
-    """Bytes a sample of a file that was given whole hours and holds no row any more."""
+    """Bytes a sample of a file that holds no row any more, and of its frames alone."""
     with tempfile.TemporaryDirectory(prefix="gpuwatch-bench-") as folder:
         disk = Disk(Path(folder), StoreSettings(), "bench", day.start_ms)
         store = Store(HOUR_MS, disk)
@@ -182,7 +182,9 @@ def frames_only(day, *, aligned):
         store.seal(tick[-1].at_ms + 3 * HOUR_MS)
         used = disk.with_metrics(Metrics.used_bytes, tick[-1].at_ms)
         store.close()
-        return used / day.samples
+        with closing(sqlite3.connect(Path(folder) / METRICS_DB)) as connection:
+            (frames,) = connection.execute("SELECT sum(length(data)) FROM frame").fetchone()
+        return used / day.samples, frames / day.samples
 
 
 def while_sealing(filled):
@@ -389,4 +391,6 @@ def bench(_seconds):
     if HOURS >= PEER_HOURS:
         yield from beside_peers(day)
     recorded = series.recorded()
-    yield "store.recorded_bytes_per_sample", frames_only(recorded, aligned=False), "B", None, recorded.what
+    whole, frames = frames_only(recorded, aligned=False)
+    beside = f"{recorded.what} on an H200; {whole:.1f} with labels, hourly figures and a new file's pages"
+    yield "store.recorded_frame_bytes_per_sample", frames, "B", None, beside
