@@ -23,7 +23,7 @@ from gpuwatch.store.ballast import Ballast
 from gpuwatch.store.faults import told
 from gpuwatch.store.metrics import Metrics
 from gpuwatch.store.metrics_schema import METRICS_DB
-from gpuwatch.store.state import is_damage, open_state
+from gpuwatch.store.state import STATE_DB, is_damage, open_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -176,7 +176,7 @@ class Disk:
         with self._lock:
             state = self.state
             if state is None:
-                self._again("state.db", now_ms)
+                self._again(STATE_DB, now_ms)
                 state = self._open_state(now_ms)
                 self.must_refill = True
             try:

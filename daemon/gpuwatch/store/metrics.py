@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from gpuwatch.errors import StoreError
 from gpuwatch.frames import rowtext
 from gpuwatch.records import Scrape
-from gpuwatch.store.codec import labels_json, labels_of
+from gpuwatch.store.codec import clean, labels_json, labels_of
 from gpuwatch.store.layouts import Layout, is_absent
 from gpuwatch.store.metrics_schema import METRICS_STEPS
 from gpuwatch.store.migrations import migrate
@@ -336,7 +336,7 @@ def _series_id(connection: Connection, labels: Labels) -> int:
     text = labels_json(labels)
     connection.exec_driver_sql(
         "INSERT INTO series (labels, metric) VALUES (?, ?) ON CONFLICT DO NOTHING",
-        (text, labels.metric.encode("utf-8", "replace").decode()),
+        (text, clean(labels.metric)),
     )
     found = connection.exec_driver_sql("SELECT id FROM series WHERE labels = ?", (text,))
     return int(found.scalar_one())

@@ -21,7 +21,8 @@ from gpuwatch.store.migrations import STATE_STEPS
 from gpuwatch.store.recent import Recent
 from gpuwatch.store.rows import Rows
 from gpuwatch.store.sieve import Sieve
-from gpuwatch.store.writer import STATE, Writer
+from gpuwatch.store.state import STATE_DB
+from gpuwatch.store.writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -153,7 +154,7 @@ class Store(Rows):
     def faults(self) -> Mapping[str, str]:
         """What is wrong with each file at present, by its name; empty text where all is well."""
         present = {} if self._writer is None else self._writer.faults
-        return {name: present.get(name, "") for name in (STATE, METRICS_DB)}
+        return {name: present.get(name, "") for name in (STATE_DB, METRICS_DB)}
 
     @property
     def dropped_scrapes(self) -> int:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from gpuwatch.errors import StoreError
 from gpuwatch.store.metrics_schema import METRICS_DB
+from gpuwatch.store.state import STATE_DB
 from gpuwatch.store.writing import Changes
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STATE: Final = "state.db"
 _MAX_HELD_BYTES: Final = 16 * 2**20  # of scrapes as text: twenty minutes of an eight-GPU host
 _ROWS_AT_ONCE: Final = 2_000
 _MAX_CHANGES: Final = 2_000
@@ -97,17 +97,19 @@ class Writer:
             slow = (
                 f"the disk of {self.disk.folder} has not answered for {(now_ms - self._asked_ms) // 1000} s"
             )
-            self.faults[STATE] = f"{slow}; gpuwatch goes on in memory; to cure it, look at the disk (dmesg)"
+            self.faults[STATE_DB] = (
+                f"{slow}; gpuwatch goes on in memory; to cure it, look at the disk (dmesg)"
+            )
         self._wake.set()
 
     def is_saved(self, within_ms: int) -> bool:
         """Whether all changes are on disk within this time, or there is no disk to wait for."""
-        return bool(self.faults.get(STATE)) or self._saved.wait(within_ms / 1000)
+        return bool(self.faults.get(STATE_DB)) or self._saved.wait(within_ms / 1000)
 
     def flush(self) -> None:
         """Write all that is held; what cannot be written stays and is said in `faults`."""
         with self._flushing:
-            self._try(STATE, self._write_changes)
+            self._try(STATE_DB, self._write_changes)
             self._try(METRICS_DB, self._write_rows)
             for note in self.disk.notes:
                 log.warning("%s", note)
