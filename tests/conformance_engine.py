@@ -45,7 +45,7 @@ def engine(runner):
                 parsed = promql.parse(expr)
                 if isinstance(text := unwrapped(parsed), promql.StringLiteral):
                     return text.value
-                return promql.evaluate(parsed, self.memory, at_ms)
+                return promql.evaluate(parsed, self.memory, at_ms).value
             except QueryError as error:
                 raise runner.QueryError(f"{error.what}") from error
 

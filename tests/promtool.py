@@ -120,7 +120,7 @@ def _check_alerts(one, history, step_ms):
 
 
 def _check_expr(one, memory):
-    result = promql.evaluate(promql.parse(one["expr"]), memory, duration_ms(one["eval_time"]))
+    result = promql.evaluate(promql.parse(one["expr"]), memory, duration_ms(one["eval_time"])).value
     got = sorted(result if isinstance(result, list) else [(Labels(), result)])
     expected = sorted(
         (series(sample["labels"]), float(sample["value"])) for sample in one.get("exp_samples") or []

@@ -1,19 +1,24 @@
 """Evaluates a subset of PromQL with Prometheus 3's semantics; knows only records and a `Querier`."""
 
+from gpuwatch.promql.answer import Answer, AnswerValue, Limits
 from gpuwatch.promql.ast import LOOKBACK_MS, Expr, StringLiteral, ValueType, window_ms
-from gpuwatch.promql.engine import evaluate
+from gpuwatch.promql.engine import evaluate, evaluate_range
 from gpuwatch.promql.parser import parse
 from gpuwatch.promql.selection import Matcher, Querier, Series
 
 __all__ = [
     "LOOKBACK_MS",
+    "Answer",
+    "AnswerValue",
     "Expr",
+    "Limits",
     "Matcher",
     "Querier",
     "Series",
     "StringLiteral",
     "ValueType",
     "evaluate",
+    "evaluate_range",
     "parse",
     "window_ms",
 ]

@@ -27,28 +27,37 @@ from gpuwatch.promql.ast import (
 from gpuwatch.promql.checks import SET_OPERATORS
 from gpuwatch.promql.functions import FUNCTIONS, absent
 from gpuwatch.promql.ranges import KEEPS_NAME, RANGES
+from gpuwatch.promql.answer import LIMITS, Answer, Limits
+from gpuwatch.promql.selection import Series
 from gpuwatch.promql.values import Element, Value, Vector, Window, settled
-from gpuwatch.records import is_stale
+from gpuwatch.records import Labels, is_stale
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gpuwatch.promql.selection import Querier, Series
-    from gpuwatch.records import Labels
+    from gpuwatch.promql.selection import Querier
 
 
-def evaluate(expr: Expr, querier: Querier, at_ms: int) -> list[tuple[Labels, float]] | float:
-    """The value of an expression at an instant, as Prometheus' instant query has it.
-
-    An instant vector is a list of (labels, value); a scalar is a float. QueryError if the expression
-    yields neither or cannot be evaluated on this data; its position is the operator's or function's.
-    """
-    if expr.type in {ValueType.MATRIX, ValueType.STRING}:
-        raise QueryError(
-            f"a query must yield an instant vector or a scalar, not a {expr.type}", expr.position
-        )
+def evaluate(expr: Expr, querier: Querier, at_ms: int, limits: Limits = LIMITS) -> Answer:
+    """The value of an expression at an instant, as Prometheus' instant query has it; QueryError."""
+    limits.check(0)
     value = _Evaluator(querier, at_ms).value(expr)
-    return settled(value, expr.position) if isinstance(value, list) else float(value)
+    return Answer(settled(value, expr.position) if isinstance(value, list) else value)
+
+
+def evaluate_range(
+    expr: Expr, querier: Querier, start_ms: int, end_ms: int, step_ms: int, limits: Limits = LIMITS
+) -> Answer:
+    """The value at `start_ms` and each `step_ms` after it up to `end_ms`: series in order of labels; QueryError."""
+    points: dict[Labels, tuple[list[int], list[float]]] = {}
+    for at_ms in range(start_ms, end_ms + 1, step_ms):
+        value = evaluate(expr, querier, at_ms, limits).value
+        elements = value if isinstance(value, list) else [(Labels(), value)]
+        for labels, number in elements:
+            stamps, numbers = points.setdefault(labels, ([], []))
+            stamps.append(at_ms)
+            numbers.append(number)
+    return Answer([Series(labels, *points[labels]) for labels in sorted(points)])
 
 
 class _Evaluator:

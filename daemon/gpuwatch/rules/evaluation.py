@@ -53,7 +53,7 @@ def evaluate(
     for rule in group.rules:
         before = [alert for alert in active if _is_active(alert) and rule.owns(alert)]
         try:
-            found = _found(rule, promql.evaluate(rule.expr, querier, now_ms))
+            found = _found(rule, promql.evaluate(rule.expr, querier, now_ms).value)
         except QueryError as error:
             failures.append(RuleFailure(rule.name, f"{rule.rule.place}: {error.what}"))
             alerts += before
@@ -80,7 +80,7 @@ def _is_active(alert: Alert) -> bool:
     return alert.state is not AlertState.RESOLVED
 
 
-def _found(rule: CompiledRule, result: list[tuple[Labels, float]] | float) -> list[Found]:
+def _found(rule: CompiledRule, result: promql.AnswerValue) -> list[Found]:
     """The result's elements as alerts; QueryError if two of them would be one alert."""
     elements = result if isinstance(result, list) else [(Labels(), result)]
     found = [_alerted(rule, labels, value) for labels, value in elements]
