@@ -1,23 +1,20 @@
-"""PromQL: what is parsed, what is refused and where, what comes out; against Prometheus' own scripts too."""
+"""PromQL: what is parsed, what is refused and where, what comes out."""
 
-import importlib.util
+import calendar
+import datetime as dt
 import math
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.conformance_engine import engine
 from tests.promtool import Memory
 
 from gpuwatch import promql
 from gpuwatch.errors import QueryError
-from gpuwatch.promql import functions, ranges, signatures
-from gpuwatch.promql.ast import Aggregation, Binary, Unary
+from gpuwatch.promql import dates, signatures
+from gpuwatch.promql.ast import Aggregation, Binary, Edge, Unary, ValueType
 from gpuwatch.records import STALE, Labels
 
-SCRIPTS = Path(__file__).parents[3] / "shared/conformance/promql"
 MINUTE = 60_000
 
 
@@ -129,12 +126,45 @@ def test_a_mistake_is_told_with_its_position(query, position, words):
 
 @pytest.mark.parametrize(
     ("query", "position"),
-    [("a[5m:1m]", 1), ("a @ 5", 2), ("sin(a)", 0), ("histogram_fraction(0, 1, a)", 0)],
+    [
+        ("first_over_time(a[5m])", 0),
+        ("a + on (x) fill(0) b", 11),
+        ("a[5m] smoothed", 6),
+        ("limitk(1, a)", 0),
+        ("sum(sort_by_label(a, 'gpu'))", 4),
+    ],
 )
-def test_promql_beyond_the_subset_is_refused_as_such(query, position):
+def test_what_prometheus_has_behind_a_flag_is_refused_as_such(query, position):
     error = refusal(query)
-    assert "is PromQL" in error.what or "are PromQL" in error.what
+    assert "experimental in Prometheus" in error.what
     assert error.position == position
+
+
+@pytest.mark.parametrize(
+    ("query", "position", "words"),
+    [
+        ("a[5m][5m:1m]", 0, "subquery is only allowed on instant vector"),
+        ("1[5m:1m]", 0, "subquery is only allowed on instant vector"),
+        ("a[5m:0s]", 5, "greater than 0"),
+        ("a @ 1 @ 2", 6, "multiple times"),
+        ("a offset 1m offset 2m", 12, "multiple times"),
+        ("(a) @ 1", 4, "must be preceded by"),
+        ("a @ 1e300", 4, "out of bounds"),
+        ("a @ b", 4, "expected a timestamp"),
+    ],
+)
+def test_a_mistake_in_time_is_told_with_its_position(query, position, words):
+    error = refusal(query)
+    assert words in error.what
+    assert error.position == position
+
+
+def test_time_may_be_set_and_moved_in_either_order():
+    assert promql.parse("a @ 60 offset 5m").offset_ms == 5 * MINUTE
+    subquery = promql.parse("a[1h:] offset -5m @ end()")
+    assert (subquery.range_ms, subquery.step_ms, subquery.offset_ms) == (60 * MINUTE, None, -5 * MINUTE)
+    assert subquery.at is Edge.END
+    assert promql.parse("fill + start").left.matchers[0].value == "fill"
 
 
 @pytest.mark.parametrize(
@@ -166,11 +196,19 @@ def test_any_text_is_parsed_or_refused(text):
 def test_the_window_reaches_as_far_back_as_the_farthest_selector():
     assert promql.window_ms(promql.parse("a + rate(b[10m] offset 1h)")) == 70 * MINUTE
     assert promql.window_ms(promql.parse("a")) == promql.LOOKBACK_MS
+    assert promql.window_ms(promql.parse("max_over_time(rate(a[2m])[1h:] offset 3m)")) == 65 * MINUTE
 
 
-def test_every_function_that_is_known_is_there():
-    special = {"time", "timestamp", "absent", "absent_over_time"}
-    assert set(signatures.FUNCTIONS) == set(functions.FUNCTIONS) | set(ranges.RANGES) | special
+@pytest.mark.parametrize("name", sorted(signatures.FUNCTIONS))
+def test_every_function_that_is_parsed_is_evaluated(name):
+    kinds = {
+        ValueType.SCALAR: "0.5",
+        ValueType.STRING: "'gpu'",
+        ValueType.VECTOR: "a",
+        ValueType.MATRIX: "a[5m]",
+    }
+    args = ", ".join(kinds[kind] for kind in signatures.FUNCTIONS[name].args)
+    assert ask(f"{name}({args})", memory(a=[0.5, 0.5, 0.5]), 2 * MINUTE) is not None
 
 
 # ---- matchers
@@ -311,22 +349,202 @@ def test_topk_keeps_elements_whole():
     assert ask("topk(1, used)", two_gpus()) == {'used{gpu="1",uuid="u1"}': 3}
 
 
-# ---- Prometheus' own scripts
+# ---- other times
 
 
-@pytest.mark.shared
-@pytest.mark.parametrize("path", sorted(SCRIPTS.glob("data/*.test")), ids=lambda path: path.stem)
-def test_prometheus_own_cases_come_out_the_same(path):
-    spec = importlib.util.spec_from_file_location("promqltest_runner", SCRIPTS / "runner.py")
-    runner = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = runner  # its dataclasses look themselves up
-    spec.loader.exec_module(runner)
-    under_test = engine(runner)()
-    commands = runner.parse_file(str(path))
-    for command in commands:
-        if isinstance(command, runner.Eval):  # annotations are not made yet
-            annotations = {"warn", "info", "no_warn", "no_info"}
-            command.expects = [e for e in command.expects if e.kind not in annotations]
-    outcomes = runner.run_commands(commands, under_test, needs_ok=runner.missing_capabilities(under_test))
-    failed = [f"{o.case.case_id}: {o.reason}" for o in outcomes if o.status == "fail"]
-    assert [what for what in failed if "gpuwatch does not have" not in what] == []
+def test_at_asks_for_one_instant_whenever_it_is_asked():
+    series = memory(a=range(10))
+    for minute in (0, 4, 9):
+        assert ask("a @ 180", series, minute * MINUTE) == {'a{gpu="0"}': 3}
+        assert ask("a @ 180 offset 1m", series, minute * MINUTE) == {'a{gpu="0"}': 2}
+        assert ask("sum_over_time(a[2m] @ 180)", series, minute * MINUTE) == {'{gpu="0"}': 5}
+
+
+def test_start_and_end_are_those_of_the_whole_query():
+    answer = over("a @ end() - a @ start() + 0 * a", memory(a=range(10)), range(2, 9, 3))
+    assert answer == {'{gpu="0"}': [(2, 6), (5, 6), (8, 6)]}
+
+
+def test_a_subquery_asks_at_the_multiples_of_its_step_in_a_window_open_to_the_left():
+    series = memory(a=range(10))
+    at_ms = 9 * MINUTE + 30_000
+    assert ask("count_over_time(a[4m:1m])", series, at_ms) == {'{gpu="0"}': 4}  # at 6, 7, 8 and 9 minutes
+    assert ask("sum_over_time(a[4m:2m])", series, at_ms) == {'{gpu="0"}': 14}  # at 6 and 8
+    assert ask("sum_over_time(a[4m:2m] offset 1m)", series, 9 * MINUTE) == {'{gpu="0"}': 14}
+    assert ask("max_over_time(rate(a[2m])[6m:1m] @ 540)", series) == {'{gpu="0"}': pytest.approx(1 / 60)}
+
+
+def test_a_subquery_without_a_step_takes_the_evaluation_interval():
+    limits = promql.Limits(subquery_step_ms=2 * MINUTE)
+    answer = promql.evaluate(promql.parse("count_over_time(a[6m:])"), memory(a=range(10)), 9 * MINUTE, limits)
+    assert answer.value == [(Labels.of(gpu="0"), 3)]
+
+
+def test_a_range_vector_is_answered_with_its_samples():
+    (series,) = promql.evaluate(promql.parse("a[2m]"), memory(a=[1, 2, STALE, 4]), 3 * MINUTE).value
+    assert (list(series.at_ms), list(series.values)) == ([3 * MINUTE], [4])
+
+
+def test_a_text_is_a_text():
+    assert promql.evaluate(promql.parse("('a')"), Memory(), 0).value == "a"
+
+
+# ---- range queries
+
+
+def over(query, querier, minutes):
+    """A range query at these minutes: the points of each series, (minute, value)."""
+    first, last = minutes[0] * MINUTE, minutes[-1] * MINUTE
+    answer = promql.evaluate_range(promql.parse(query), querier, first, last, minutes.step * MINUTE)
+    return {
+        str(s.labels): [(at_ms // MINUTE, value) for at_ms, value in zip(s.at_ms, s.values, strict=True)]
+        for s in answer.value
+    }
+
+
+QUERIES = (
+    "a",
+    "rate(a[3m])",
+    "a offset 2m > 3",
+    "sum_over_time(rate(a[2m])[4m:1m])",
+    "a @ 300 + b",
+    "timestamp(a)",
+    "absent(b)",
+    "topk(1, {gpu='0'})",
+    "time() * 2",
+)
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_a_range_query_is_an_instant_query_at_each_step(query):
+    series = memory(a=range(20), b=[None, 3, None, None, None, None, None, None, 7])
+    expected = {}
+    for minute in range(0, 18, 2):
+        result = ask(query, series, minute * MINUTE)
+        for labels, value in result.items() if isinstance(result, dict) else [("{}", result)]:
+            expected.setdefault(labels, []).append((minute, value))
+    assert over(query, series, range(0, 18, 2)) == expected
+
+
+def test_a_long_query_reads_in_parts_and_each_sample_of_a_dense_one_about_once():
+    class Counting(Memory):
+        asked = ()
+
+        def select(self, matchers, after_ms, upto_ms):
+            self.asked = (*self.asked, (after_ms, upto_ms))
+            return super().select(matchers, after_ms, upto_ms)
+
+    hours = 48
+    series = Counting()
+    for minute in range(hours * 60):
+        series.add(Labels.of("a"), minute * MINUTE, float(minute))
+    points = over("a", series, range(hours * 60))
+    assert points == {"a": [(minute, minute) for minute in range(hours * 60)]}
+    assert len(series.asked) > 4
+    assert sum(upto_ms - after_ms for after_ms, upto_ms in series.asked) < 1.1 * hours * 60 * MINUTE
+
+
+def test_only_scalars_and_instant_vectors_have_a_range_query():
+    for query in ("a[5m]", "'text'"):
+        with pytest.raises(QueryError, match="must be Scalar or instant Vector"):
+            over(query, Memory(), range(2))
+
+
+# ---- remarks
+
+
+@pytest.mark.parametrize(
+    ("query", "warnings", "infos"),
+    [
+        ("rate(a_total[5m])", [], []),
+        (
+            "1 +\n rate(a[5m])",
+            [],
+            [
+                (
+                    "PromQL info: metric might not be a counter, name does not end in "
+                    '_total/_sum/_count/_bucket: "a" (2:7)'
+                )
+            ],
+        ),
+        (
+            "quantile(-1, a)",
+            ["PromQL warning: quantile value should be between 0 and 1, got -1 (1:10)"],
+            [],
+        ),
+        (
+            "histogram_quantile(0.5, a)",
+            [
+                (
+                    'PromQL warning: bucket label "le" is missing or has a malformed value of "" '
+                    'for metric name "a" (1:25)'
+                )
+            ],
+            [],
+        ),
+    ],
+)
+def test_what_is_doubtful_is_remarked_with_its_place(query, warnings, infos):
+    answer = promql.evaluate(promql.parse(query), memory(a=[1, 2], a_total=[1, 2]), MINUTE)
+    assert [remark.located(query) for remark in answer.warnings] == warnings
+    assert [remark.located(query) for remark in answer.infos] == infos
+
+
+def test_buckets_that_fall_are_repaired_and_that_is_told_once_for_all_steps():
+    made = Memory()
+    for le, count in (("1", 4), ("2", 2), ("+Inf", 8)):
+        for minute in range(3):
+            made.add(Labels.of("h_bucket", le=le), minute * MINUTE, float(count))
+    expr = promql.parse("histogram_quantile(0.5, h_bucket)")
+    answer = promql.evaluate_range(expr, made, 0, 2 * MINUTE, MINUTE)
+    assert list(answer.value[0].values) == [1, 1, 1]
+    (info,) = answer.infos
+    assert info.endswith(
+        "from buckets 2 to 2, with a max diff of 2, over 3 samples "
+        "from 1970-01-01T00:00:00Z to 1970-01-01T00:02:00Z"
+    )
+
+
+def test_sorting_a_range_query_is_remarked():
+    answer = promql.evaluate_range(promql.parse("sort(a)"), memory(a=[1, 2]), 0, MINUTE, MINUTE)
+    assert "sort is ineffective for range queries" in answer.warnings[0]
+
+
+# ---- limits
+
+
+@pytest.mark.parametrize(
+    "query", ["sum_over_time(a[10m])", "sum_over_time(a[10m:1s])", "count_over_time(a[10y:1ms])"]
+)
+def test_a_query_that_takes_too_many_samples_is_refused(query):
+    limits = promql.Limits(samples=5)
+    with pytest.raises(QueryError, match="more than 5 samples"):
+        promql.evaluate(promql.parse(query), memory(a=range(10)), 9 * MINUTE, limits)
+
+
+def test_a_query_that_takes_too_long_is_refused():
+    asked = iter(range(100))
+    limits = promql.Limits(is_over=lambda: next(asked) == 50)
+    with pytest.raises(QueryError, match="takes too long"):
+        promql.evaluate(
+            promql.parse("sum_over_time((a + 1)[5h:1s])"), memory(a=range(10)), 9 * MINUTE, limits
+        )
+
+
+# ---- dates
+
+
+@given(st.integers(min_value=-62_135_596_800, max_value=253_402_300_799))
+def test_dates_are_those_of_the_calendar(seconds):
+    at = dt.datetime(1970, 1, 1, tzinfo=dt.UTC) + dt.timedelta(seconds=seconds)
+    expected = {
+        "minute": at.minute,
+        "hour": at.hour,
+        "day_of_week": at.isoweekday() % 7,
+        "day_of_month": at.day,
+        "day_of_year": at.timetuple().tm_yday,
+        "days_in_month": calendar.monthrange(at.year, at.month)[1],
+        "month": at.month,
+        "year": at.year,
+    }
+    assert {name: part(float(seconds)) for name, part in dates.PARTS.items()} == expected

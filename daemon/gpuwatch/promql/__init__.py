@@ -1,7 +1,7 @@
-"""Evaluates a subset of PromQL with Prometheus 3's semantics; knows only records and a `Querier`."""
+"""Evaluates PromQL with Prometheus 3's semantics; knows only records and a `Querier`."""
 
-from gpuwatch.promql.answer import Answer, AnswerValue, Limits
-from gpuwatch.promql.ast import LOOKBACK_MS, Expr, StringLiteral, ValueType, window_ms
+from gpuwatch.promql.answer import Answer, AnswerValue, Limits, Remark
+from gpuwatch.promql.ast import LOOKBACK_MS, Expr, StringLiteral, Subquery, ValueType, window_ms
 from gpuwatch.promql.engine import evaluate, evaluate_range
 from gpuwatch.promql.parser import parse
 from gpuwatch.promql.selection import Matcher, Querier, Series
@@ -14,8 +14,10 @@ __all__ = [
     "Limits",
     "Matcher",
     "Querier",
+    "Remark",
     "Series",
     "StringLiteral",
+    "Subquery",
     "ValueType",
     "evaluate",
     "evaluate_range",

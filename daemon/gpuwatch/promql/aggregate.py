@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Final
 
 from gpuwatch.errors import QueryError
-from gpuwatch.promql.arithmetic import greatest, least, mean, quantile, total, variance
+from gpuwatch.promql.arithmetic import greatest, least, mean, quantile, shown, total, variance
 from gpuwatch.promql.values import Element, Vector
 
 if TYPE_CHECKING:
@@ -77,5 +77,5 @@ def _count_values(groups: dict[Labels, Vector], label: str) -> Vector:
 def _shown(value: float) -> str:
     """The fewest digits that tell the value, without an exponent."""
     if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"
+        return shown(value)
     return format(Decimal(repr(value)), "f").removesuffix(".0")

@@ -138,3 +138,10 @@ def linear_regression(at_ms: Sequence[int], values: Sequence[float], origin_ms: 
     spread = total(x * x for x in seconds) - sum_x * sum_x / n
     slope = divided(covariance, spread)
     return slope, sum_y / n - slope * sum_x / n
+
+
+def shown(value: float) -> str:
+    """As Go's %g has it: the fewest digits that tell the value; NaN, +Inf, -Inf."""
+    if math.isfinite(value):
+        return repr(value).removesuffix(".0")
+    return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"

@@ -56,22 +56,46 @@ class StringLiteral(_Node):
     value: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VectorSelector(_Node):
-    """`name{label="value"} offset 5m`; the name is a matcher of `__name__`."""
+class Edge(enum.StrEnum):
+    """What `@ start()` and `@ end()` name: the query's first and its last instant."""
 
-    type: ValueType = ValueType.VECTOR
-    matchers: tuple[Matcher, ...]
+    START = "start"
+    END = "end"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Timed(_Node):
+    """What reads samples of another time: `@ at` sets the instant, `offset_ms` goes back from there."""
+
+    at: int | Edge | None = None
     offset_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VectorSelector(_Timed):
+    """`name{label="value"} @ 0 offset 5m`; the name is a matcher of `__name__`."""
+
+    type: ValueType = ValueType.VECTOR
+    matchers: tuple[Matcher, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixSelector(_Node):
-    """`selector[5m]`; the offset is in the selector."""
+    """`selector[5m]`; its time is the selector's."""
 
     type: ValueType = ValueType.MATRIX
     selector: VectorSelector
     range_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subquery(_Timed):
+    """`expr[1h:5m]`: the expression at each multiple of the step; without a step the querier's default."""
+
+    type: ValueType = ValueType.MATRIX
+    expr: Expr
+    range_ms: int
+    step_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +159,7 @@ Expr: TypeAlias = (
     | StringLiteral
     | VectorSelector
     | MatrixSelector
+    | Subquery
     | Paren
     | Unary
     | Binary
@@ -148,7 +173,7 @@ def children(expr: Expr) -> tuple[Expr, ...]:
     match expr:
         case MatrixSelector(selector=selector):
             return (selector,)
-        case Paren(expr=inner) | Unary(expr=inner):
+        case Paren(expr=inner) | Unary(expr=inner) | Subquery(expr=inner):
             return (inner,)
         case Binary(left=left, right=right):
             return (left, right)
@@ -176,12 +201,21 @@ def unwrapped(expr: Expr) -> Expr:
     return expr
 
 
+def start_of(expr: Expr) -> int:
+    """Where the text of an expression begins, in characters from 0; an operator's position is its own."""
+    while isinstance(expr, Binary | Subquery):
+        expr = expr.left if isinstance(expr, Binary) else expr.expr
+    return expr.position
+
+
 def window_ms(expr: Expr) -> int:
-    """How far back from the evaluation's instant any selector of the expression looks."""
-    reach = 0
-    for node, _ in walk(expr):
-        if isinstance(node, MatrixSelector):
-            reach = max(reach, node.range_ms + node.selector.offset_ms)
-        elif isinstance(node, VectorSelector):
-            reach = max(reach, LOOKBACK_MS + node.offset_ms)
-    return reach
+    """How far back from the evaluation's instant any selector looks, but for those with `@ <timestamp>`."""
+    match expr:
+        case VectorSelector():
+            return LOOKBACK_MS + expr.offset_ms
+        case MatrixSelector():
+            return expr.range_ms + expr.selector.offset_ms
+        case Subquery():
+            return expr.range_ms + expr.offset_ms + window_ms(expr.expr)
+        case _:
+            return max(map(window_ms, children(expr)), default=0)

@@ -89,9 +89,10 @@ def _partners(node: Binary, one: Vector, key: Callable[[Labels], Labels]) -> dic
         group = key(element.labels)
         if group in partners:
             side = "left" if node.matching.cardinality is Cardinality.ONE_TO_MANY else "right"
+            twins = sorted(map(_braced, (element.labels, partners[group].labels)))
             raise QueryError(
                 f"found duplicate series for the match group {_braced(group)} on the {side} hand-side "
-                f"of the operation: [{_braced(element.labels)}, {_braced(partners[group].labels)}];"
+                f"of the operation: [{', '.join(twins)}];"
                 "many-to-many matching not allowed: matching labels must be unique on one side",
                 node.position,
             )
@@ -120,8 +121,8 @@ def _result_labels(node: Binary, many: Labels, one: Labels) -> Labels:
 
 
 def _braced(labels: Labels) -> str:
-    inner = ", ".join(f'{name}="{value}"' for name, value in unnamed(labels))
-    return f"{labels.metric}{{{inner}}}"
+    inner = ", ".join(f'{name}="{value}"' for name, value in labels)
+    return f"{{{inner}}}"
 
 
 def negated(vector: Vector) -> Vector:

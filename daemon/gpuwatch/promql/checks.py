@@ -5,14 +5,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from gpuwatch.errors import QueryError
-from gpuwatch.promql.ast import Binary, Call, Cardinality, Expr, Matching, ValueType, VectorSelector, walk
+from gpuwatch.promql.ast import (
+    Binary,
+    Call,
+    Cardinality,
+    Expr,
+    Matching,
+    MatrixSelector,
+    Subquery,
+    ValueType,
+    VectorSelector,
+    walk,
+)
 from gpuwatch.promql.selection import Matcher, regex
-from gpuwatch.promql.signatures import FUNCTIONS, NOT_YET
+from gpuwatch.promql.signatures import EXPERIMENTAL, FUNCTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 MAX_DEPTH: Final = 100
+_MAX_INSTANT_S: Final = 2**63 / 1000
 COMPARISONS: Final = frozenset({"==", "!=", ">", "<", ">=", "<="})
 SET_OPERATORS: Final = frozenset({"and", "or", "unless"})
 _OPERANDS: Final = frozenset({ValueType.SCALAR, ValueType.VECTOR})
@@ -31,6 +43,13 @@ def check_type(expr: Expr, wanted: ValueType, where: str) -> None:
         raise QueryError(f"expected type {wanted} in {where}, got {expr.type}", expr.position)
 
 
+def check_unary(inner: Expr, position: int) -> None:
+    """QueryError unless an operand may have a sign."""
+    if inner.type not in _OPERANDS:
+        allowed = "expressions of type scalar or instant vector"
+        raise QueryError(f"unary expression only allowed on {allowed}, got {inner.type}", position)
+
+
 def check_call(call: Call) -> None:
     """QueryError unless the function exists and takes these arguments."""
     signature = FUNCTIONS[call.function]
@@ -46,10 +65,33 @@ def check_call(call: Call) -> None:
 
 
 def unknown_function(name: str, position: int) -> QueryError:
-    """What to say of a function that the subset lacks."""
-    if name in NOT_YET:
-        return QueryError(f"{name}() is PromQL, but gpuwatch does not have this function yet", position)
+    """What to say of a function that there is not."""
+    if name in EXPERIMENTAL:
+        return experimental(f"{name}()", position)
     return QueryError(f'unknown function with name "{name}"', position)
+
+
+def experimental(what: str, position: int) -> QueryError:
+    """What to say of what Prometheus has behind a feature flag only."""
+    return QueryError(
+        f"{what} is experimental in Prometheus, off by default there, and not offered here", position
+    )
+
+
+def timed(expr: Expr, modifier: str, position: int) -> VectorSelector | Subquery:
+    """What a modifier of time applies to; QueryError unless that is a selector or a subquery."""
+    inner = expr.selector if isinstance(expr, MatrixSelector) else expr
+    if isinstance(inner, VectorSelector | Subquery):
+        return inner
+    what = "an instant vector selector or range vector selector or a subquery"
+    raise QueryError(f"{modifier} must be preceded by {what}", position)
+
+
+def instant_ms(seconds: float, position: int) -> int:
+    """The instant of an @ modifier; QueryError if milliseconds in 63 bits cannot hold it."""
+    if not abs(seconds) < _MAX_INSTANT_S:
+        raise QueryError(f"timestamp out of bounds for @ modifier: {seconds:f}", position)
+    return round(seconds * 1000)
 
 
 def check_binary(binary: Binary) -> None:

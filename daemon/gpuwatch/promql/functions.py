@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gpuwatch.errors import QueryError
 from gpuwatch.promql.arithmetic import logarithm, rounded
-from gpuwatch.promql.histogram import histogram_quantile
 from gpuwatch.promql.selection import Matcher, regex
 from gpuwatch.promql.values import Element, Value, Vector
 from gpuwatch.records import Labels
@@ -52,6 +51,24 @@ def _exp(value: float) -> float:
         return math.exp(value)
     except OverflowError:
         return math.inf
+
+
+def _defined(function: Callable[[float], float]) -> Callable[[float], float]:
+    """The function with Go's answers where Python raises: NaN outside its domain, infinite beyond range."""
+
+    def applied(value: float) -> float:
+        try:
+            return function(value)
+        except ValueError:
+            return math.nan
+        except OverflowError:
+            return math.copysign(math.inf, value) if function is math.sinh else math.inf
+
+    return applied
+
+
+def _atanh(value: float) -> float:
+    return math.copysign(math.inf, value) if abs(value) == 1 else _defined(math.atanh)(value)
 
 
 def sort(vector: Vector, *, descending: bool = False) -> Vector:
@@ -147,10 +164,18 @@ FUNCTIONS: Final[dict[str, Callable[..., Value]]] = {
     "clamp_max": _each(_at_most),
     "sort": sort,
     "sort_desc": lambda vector: sort(vector, descending=True),
-    "histogram_quantile": histogram_quantile,
     "label_replace": label_replace,
     "label_join": label_join,
     "scalar": scalar,
     "vector": lambda value: [Element(Labels(), value)],
     "pi": lambda: math.pi,
+    **{
+        name: _each(_defined(getattr(math, name)))
+        for name in ("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh")
+    },
+    "atanh": _each(_atanh),
+    "deg": _each(math.degrees),
+    "rad": _each(math.radians),
+    # Of native histograms, which are not stored here: of a number Prometheus has no element either.
+    **{f"histogram_{name}": lambda _: [] for name in ("avg", "count", "sum", "stddev", "stdvar")},
 }

@@ -66,13 +66,18 @@ def tokens(text: str) -> list[Token]:
             f"the expression has {len(text)} characters; at most {MAX_LENGTH} are taken", MAX_LENGTH
         )
     found: list[Token] = []
-    position = 0
+    position, in_range = 0, False
     while position < len(text):
+        if in_range and text[position] == ":":  # elsewhere a name may begin with it
+            found.append(Token(Kind.OPERATOR, ":", position))
+            position += 1
+            continue
         match = _TOKEN.match(text, position)
         if match is None:
             raise QueryError(_complaint(text, position), position)
         if match.lastgroup and match.lastgroup != "space":
             found.append(Token(Kind[match.lastgroup], match.group(), position))
+        in_range = match.group() == "[" or (in_range and match.group() != "]")
         position = match.end()
     return [*found, Token(Kind.END, "", position)]
 

@@ -1,12 +1,13 @@
 """Reads a PromQL expression into a tree, by recursive descent with binding powers; evaluates nothing.
 
-Whatever is PromQL of Prometheus 3.x but beyond the subset is refused with a message that says so.
+The language is that of a Prometheus 3 server as it is installed: what is behind one of its feature flags
+is refused with a message that says so.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from gpuwatch.errors import QueryError
 from gpuwatch.promql import checks
@@ -15,12 +16,14 @@ from gpuwatch.promql.ast import (
     Binary,
     Call,
     Cardinality,
+    Edge,
     Expr,
     Matching,
     MatrixSelector,
     NumberLiteral,
     Paren,
     StringLiteral,
+    Subquery,
     Unary,
     ValueType,
     VectorSelector,
@@ -48,6 +51,7 @@ _BINDING: Final = {
 _T = TypeVar("_T")
 _POWER: Final = 6  # the only operator that binds more tightly than a sign, and from right to left
 _NEVER_A_METRIC: Final = frozenset({"bool", "on", "ignoring", "group_left", "group_right"})
+_FILLS: Final = frozenset({"fill", "fill_left", "fill_right"})
 _CONSTANTS: Final = {"inf": float("inf"), "nan": float("nan")}
 
 
@@ -145,9 +149,8 @@ class _Parser:
                 matching = dataclasses.replace(matching, on=word == "on", labels=labels)
                 matching = self._grouping(matching)
                 break
-        if self._next.word in {"fill", "fill_left", "fill_right"}:
-            message = f'"{self._next.text}" is PromQL, but gpuwatch does not have it yet'
-            raise QueryError(message, self._next.position)
+        if self._next.word in _FILLS and self._tokens[self._index + 1].text == "(":
+            raise checks.experimental(f'the modifier "{self._next.text}"', self._next.position)
         return matching
 
     def _grouping(self, matching: Matching) -> Matching:
@@ -163,10 +166,7 @@ class _Parser:
         if not self._took("-", "+"):
             return self._modified(self._primary())
         inner = self.expression(_POWER)
-        if inner.type not in {ValueType.SCALAR, ValueType.VECTOR}:
-            allowed = "expressions of type scalar or instant vector"
-            message = f"unary expression only allowed on {allowed}, got {inner.type}"
-            raise QueryError(message, token.position)
+        checks.check_unary(inner, token.position)
         return Unary(position=token.position, type=inner.type, op=token.text, expr=inner)
 
     def _primary(self) -> Expr:
@@ -272,54 +272,91 @@ class _Parser:
         return Matcher(name, op, unquoted(self._take()))
 
     def _modified(self, expr: Expr) -> Expr:
-        """The expression with the range and the offset that follow it."""
-        if self._next.text == "[":
-            expr = self._ranged(expr)
-        while self._next.kind is Kind.NAME and self._next.word == "offset":
-            expr = self._offset(expr)
-        if self._next.text == "[":
-            raise QueryError("a range must follow its selector at once", self._next.position)
-        self._refuse_what_is_later()
-        return expr
-
-    def _refuse_what_is_later(self) -> None:
-        token = self._next
-        if token.text == "@" or token.word in {"anchored", "smoothed"}:
-            raise QueryError(f'"{token.text}" is PromQL, but gpuwatch does not have it yet', token.position)
+        """The expression with the ranges, offsets and times that follow it."""
+        while True:
+            word = self._next.word
+            if word == "[":
+                expr = self._ranged(expr)
+            elif word == "offset":
+                expr = self._offset(expr)
+            elif word == "@":
+                expr = self._at(expr)
+            elif word in {"anchored", "smoothed"}:
+                raise checks.experimental(f'the modifier "{self._next.text}"', self._next.position)
+            else:
+                return expr
 
     def _ranged(self, expr: Expr) -> Expr:
+        """`expr[5m]`, or the subquery `expr[5m:1m]`."""
         bracket = self._take()
-        if self._next.kind not in {Kind.NUMBER, Kind.DURATION}:
-            raise self._unexpected("range", "a duration")
-        token = self._take()
-        range_ms = duration_ms(token)
-        if self._next.text.startswith(":"):
-            raise QueryError("subqueries are PromQL, but gpuwatch does not have them yet", bracket.position)
+        range_ms = self._length("range")
+        if self._took(":"):
+            step_ms = None if self._next.text == "]" else self._length("subquery")
+            self._expect("]", "subquery selector")
+            return self._subquery(expr, range_ms, step_ms)
         self._expect("]", "range")
         if not isinstance(expr, VectorSelector):
             raise QueryError("ranges only allowed for vector selectors", bracket.position)
-        if range_ms <= 0:
-            raise QueryError("duration must be greater than 0", token.position)
+        if expr.at is not None or expr.offset_ms:
+            raise QueryError("a range must follow its selector at once", bracket.position)
         return MatrixSelector(position=expr.position, selector=expr, range_ms=range_ms)
+
+    def _subquery(self, expr: Expr, range_ms: int, step_ms: int | None) -> Subquery:
+        if expr.type is not ValueType.VECTOR:
+            message = f"subquery is only allowed on instant vector, got {expr.type} instead"
+            raise QueryError(message, expr.position)
+        return Subquery(position=expr.position, expr=expr, range_ms=range_ms, step_ms=step_ms)
+
+    def _length(self, where: str) -> int:
+        """A positive duration."""
+        token = self._next
+        ms = self._duration(where)
+        if ms <= 0:
+            raise QueryError("duration must be greater than 0", token.position)
+        return ms
+
+    def _duration(self, where: str) -> int:
+        if self._next.kind in {Kind.NUMBER, Kind.DURATION}:
+            return duration_ms(self._take())
+        raise self._unexpected(where, "a duration")
+
+    def _sign(self) -> int:
+        if self._took("-"):
+            return -1
+        self._took("+")
+        return 1
 
     def _offset(self, expr: Expr) -> Expr:
         keyword = self._take()
-        sign = -1 if self._took("-") else 1
-        if self._next.kind not in {Kind.NUMBER, Kind.DURATION}:
-            raise self._unexpected("offset", "a duration")
-        offset_ms = sign * duration_ms(self._take())
-        selector = expr.selector if isinstance(expr, MatrixSelector) else expr
-        if not isinstance(selector, VectorSelector):
-            message = (
-                "offset modifier must be preceded by an instant vector selector or range vector selector"
-            )
-            raise QueryError(message, keyword.position)
-        if selector.offset_ms:
+        offset_ms = self._sign() * self._duration("offset")
+        timed = checks.timed(expr, "offset modifier", keyword.position)
+        if timed.offset_ms:
             raise QueryError("offset may not be set multiple times", keyword.position)
-        moved = dataclasses.replace(selector, offset_ms=offset_ms)
-        if isinstance(expr, MatrixSelector):
-            return dataclasses.replace(expr, selector=moved)
-        return moved
+        return _retimed(expr, offset_ms=offset_ms)
+
+    def _at(self, expr: Expr) -> Expr:
+        sign = self._take()
+        timed = checks.timed(expr, "@ modifier", sign.position)
+        if timed.at is not None:
+            raise QueryError("@ <timestamp> may not be set multiple times", sign.position)
+        return _retimed(expr, at=self._instant())
+
+    def _instant(self) -> int | Edge:
+        if self._next.word in {Edge.START, Edge.END}:
+            edge = Edge(self._take().word)
+            self._expect("(", "@ modifier")
+            self._expect(")", "@ modifier")
+            return edge
+        negative = self._sign() < 0
+        token = self._next
+        if token.kind is Kind.DURATION:
+            seconds = duration_ms(token) / 1000
+        elif token.kind is Kind.NUMBER or token.word in _CONSTANTS:
+            seconds = _CONSTANTS[token.word] if token.word in _CONSTANTS else number(token)
+        else:
+            raise self._unexpected("@ modifier", "a timestamp")
+        self._take()
+        return checks.instant_ms(-seconds if negative else seconds, token.position)
 
     # ---- lists
 
@@ -353,3 +390,10 @@ class _Parser:
                     break
             items.append(item())
         return tuple(items)
+
+
+def _retimed(expr: Expr, **time: Any) -> Expr:  # noqa: ANN401 (fields of any type)
+    """The selector or subquery at another time."""
+    if isinstance(expr, MatrixSelector):
+        return dataclasses.replace(expr, selector=dataclasses.replace(expr.selector, **time))
+    return dataclasses.replace(expr, **time)

@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 # How much farther than the usual step from the window's edge a series is taken to begin or end there.
 _EXTRAPOLATION_LIMIT: Final = 1.1
 
+_COUNTER_ENDINGS: Final = ("_total", "_sum", "_count", "_bucket")
+
 KEEPS_NAME: Final = frozenset({"last_over_time"})
+
+
+def is_named_as_counter(metric: str) -> bool:
+    """Whether a metric's name says that it is a counter, or there is no name to say so."""
+    return not metric or metric.endswith(_COUNTER_ENDINGS)
 
 
 def rate(window: Window) -> float | None:

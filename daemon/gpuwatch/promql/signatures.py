@@ -1,4 +1,4 @@
-"""The functions and aggregations of the PromQL subset by name and types; computes nothing."""
+"""The functions and aggregations of PromQL by name and types; computes nothing."""
 
 from __future__ import annotations
 
@@ -39,11 +39,17 @@ _OF_RANGE: Final = (
     "sum_over_time count_over_time last_over_time present_over_time stddev_over_time stdvar_over_time "
     "absent_over_time"
 )
-_OF_VECTOR: Final = "abs ceil floor exp ln log2 log10 sqrt sgn sort sort_desc timestamp absent"
+_OF_VECTOR: Final = (
+    "abs ceil floor exp ln log2 log10 sqrt sgn sort sort_desc timestamp absent "
+    "sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh deg rad "
+    "histogram_avg histogram_count histogram_sum histogram_stddev histogram_stdvar"
+)
+_OF_TIME: Final = "minute hour day_of_week day_of_month day_of_year days_in_month month year"
 
 FUNCTIONS: Final[dict[str, Signature]] = {
     **{name: Signature((_MATRIX,)) for name in _OF_RANGE.split()},
     **{name: Signature((_VECTOR,)) for name in _OF_VECTOR.split()},
+    **{name: Signature((_VECTOR,), optional=1) for name in _OF_TIME.split()},
     "predict_linear": Signature((_MATRIX, _SCALAR)),
     "quantile_over_time": Signature((_SCALAR, _MATRIX)),
     "round": Signature((_VECTOR, _SCALAR), optional=1),
@@ -51,6 +57,7 @@ FUNCTIONS: Final[dict[str, Signature]] = {
     "clamp_min": Signature((_VECTOR, _SCALAR)),
     "clamp_max": Signature((_VECTOR, _SCALAR)),
     "histogram_quantile": Signature((_SCALAR, _VECTOR)),
+    "histogram_fraction": Signature((_SCALAR, _SCALAR, _VECTOR)),
     "label_replace": Signature((_VECTOR, _STRING, _STRING, _STRING, _STRING)),
     "label_join": Signature((_VECTOR, _STRING, _STRING, _STRING), optional=-1),
     "scalar": Signature((_VECTOR,), returns=_SCALAR),
@@ -67,13 +74,10 @@ AGGREGATIONS: Final[dict[str, ValueType | None]] = {  # the type of their parame
     "count_values": _STRING,
 }
 
-# Prometheus has these too: whoever writes one deserves another answer than "unknown".
-_LATER: Final = (
-    "acos acosh asin asinh atan atanh cos cosh sin sinh tan tanh deg rad day_of_month day_of_week "
-    "day_of_year days_in_month hour minute month year histogram_avg histogram_count histogram_sum "
-    "histogram_fraction histogram_stddev histogram_stdvar histogram_quantiles holt_winters "
-    "double_exponential_smoothing info mad_over_time first_over_time ts_of_first_over_time "
-    "ts_of_last_over_time ts_of_max_over_time ts_of_min_over_time sort_by_label sort_by_label_desc limitk "
-    "limit_ratio start end range step max_of min_of start_timestamp "
+# What Prometheus has behind a feature flag: whoever writes one deserves another answer than "unknown".
+_BEHIND_FLAGS: Final = (
+    "double_exponential_smoothing holt_winters histogram_quantiles info mad_over_time first_over_time "
+    "ts_of_first_over_time ts_of_last_over_time ts_of_max_over_time ts_of_min_over_time sort_by_label "
+    "sort_by_label_desc limitk limit_ratio start end range step max_of min_of start_timestamp"
 )
-NOT_YET: Final = frozenset(_LATER.split())
+EXPERIMENTAL: Final = frozenset(_BEHIND_FLAGS.split())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from gpuwatch.errors import QueryError
@@ -29,8 +28,7 @@ Vector: TypeAlias = list[Element]
 Value: TypeAlias = float | str | Vector
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Window:
+class Window(NamedTuple):
     """The samples of one series in `(start_ms, end_ms]`, markers left out; at least one.
 
     `now_ms` is the evaluation's instant, which an offset sets apart from `end_ms`.
@@ -42,6 +40,7 @@ class Window:
     start_ms: int
     end_ms: int
     now_ms: int
+    drop_name: bool = False
 
 
 def unnamed(labels: Labels) -> Labels:
