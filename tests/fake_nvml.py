@@ -13,6 +13,17 @@ from gpuwatch.sources.processes import ProcessIdentity
 GIB = 1 << 30
 
 
+class FakeEventSet:
+    """What was registered and has not been waited for; `opening` is the nvmlInit it belongs to."""
+
+    def __init__(self, opening):
+        self.opening = opening
+        self.gpu = None
+        self.types = 0
+        self.waiting = []
+        self.freed = False
+
+
 @dataclass
 class FakeGpu:
     """One GPU, in NVML's own units. A process is (pid, name, bytes); bytes None: the driver will not say."""
@@ -24,6 +35,7 @@ class FakeGpu:
     temperature: int = 40
     memory_temperature: int = 45
     temperature_margin: int = 47
+    recovery_action: int | None = 0  # None: the driver is too old
     utilization: int = 0
     power_mw: int = 100_000
     energy_mj: int = 5_000_000
@@ -55,6 +67,8 @@ class FakeNvml:
         self.fail_once: dict[str, int] = {}
         self.calls: Counter[str] = Counter()
         self.inits = 0
+        self.openings = 0
+        self.event_sets: list[FakeEventSet] = []
 
     # -- the whole ---------------------------------------------------------------------------------
 
@@ -64,6 +78,7 @@ class FakeNvml:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
         if self.version_mismatch:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH)
+        self.openings += self.inits == 0
         self.inits += 1
 
     def nvmlShutdown(self):
@@ -106,8 +121,12 @@ class FakeNvml:
 
     def nvmlDeviceGetFieldValues(self, handle, ids):
         gpu = self._gpu("nvmlDeviceGetFieldValues", handle)
-        value = SimpleNamespace(uiVal=gpu.memory_temperature)
-        return [SimpleNamespace(fieldId=i, nvmlReturn=0, valueType=1, value=value) for i in ids]
+        return [self._field(i, _FIELDS[i](gpu)) for i in ids]
+
+    def _field(self, i, value):
+        if value is None:
+            return SimpleNamespace(fieldId=i, nvmlReturn=pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return SimpleNamespace(fieldId=i, nvmlReturn=0, valueType=1, value=SimpleNamespace(uiVal=value))
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle):
         gpu = self._gpu("nvmlDeviceGetComputeRunningProcesses", handle)
@@ -118,6 +137,42 @@ class FakeNvml:
         if function not in _ANSWERS:
             raise AttributeError(function)
         return lambda handle, *arguments: _ANSWERS[function](self._gpu(function, handle), *arguments)
+
+    # -- events --------------------------------------------------------------------------------------
+
+    def happen(self, index, event_type, data):
+        """Tell every set that is registered for such an event of this GPU."""
+        for events in self.event_sets:
+            if events.gpu is self.devices[index] and events.types & event_type and not events.freed:
+                events.waiting.append(SimpleNamespace(eventType=event_type, eventData=data))
+
+    def xid(self, index, number):
+        self.happen(index, pynvml.nvmlEventTypeXidCriticalError, number)
+
+    def nvmlEventSetCreate(self):
+        self._enter("nvmlEventSetCreate")
+        self.event_sets.append(FakeEventSet(self.openings))
+        return self.event_sets[-1]
+
+    def nvmlDeviceRegisterEvents(self, handle, types, events):
+        events.gpu = self._gpu("nvmlDeviceRegisterEvents", handle)
+        events.types |= types
+
+    def nvmlEventSetWait_v2(self, events, timeout_ms):
+        self._enter("nvmlEventSetWait_v2")
+        assert timeout_ms == 0, "a source does not wait"
+        if events.freed or events.opening != self.openings:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+        if events.waiting:
+            return events.waiting.pop(0)
+        lost = events.gpu is not None and events.gpu.lost
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST if lost else pynvml.NVML_ERROR_TIMEOUT)
+
+    def nvmlEventSetFree(self, events):
+        self._enter("nvmlEventSetFree")
+        assert not events.freed, "freed twice"
+        assert events.opening == self.openings, "freed after NVML was closed"
+        events.freed = True
 
     # -- whose processes these are ---------------------------------------------------------------------
 
@@ -147,6 +202,10 @@ class FakeNvml:
         return gpu
 
 
+_FIELDS = {
+    pynvml.NVML_FI_DEV_MEMORY_TEMP: lambda gpu: gpu.memory_temperature,
+    pynvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION: lambda gpu: gpu.recovery_action,
+}
 _ANSWERS = {
     "nvmlDeviceGetUUID": lambda gpu: gpu.uuid,
     "nvmlDeviceGetName": lambda gpu: "NVIDIA Fake",
@@ -158,6 +217,8 @@ _ANSWERS = {
     "nvmlDeviceGetUtilizationRates": lambda gpu: SimpleNamespace(
         gpu=gpu.utilization, memory=gpu.utilization // 2
     ),
+    "nvmlDeviceGetEncoderUtilization": lambda gpu: [gpu.utilization // 5, 100_000],
+    "nvmlDeviceGetDecoderUtilization": lambda gpu: [gpu.utilization // 10, 100_000],
     "nvmlDeviceGetTemperature": lambda gpu, sensor: gpu.temperature,
     "nvmlDeviceGetMarginTemperature": lambda gpu: gpu.temperature_margin,
     "nvmlDeviceGetPowerUsage": lambda gpu: gpu.power_mw,
@@ -178,5 +239,7 @@ _ANSWERS = {
     "nvmlDeviceGetMaxClockInfo": lambda gpu, clock: {1: 1980, 2: 3201}[clock],
     "nvmlDeviceGetMaxPcieLinkGeneration": lambda gpu: 5,
     "nvmlDeviceGetMaxPcieLinkWidth": lambda gpu: 16,
+    "nvmlDeviceGetPowerManagementLimit": lambda gpu: 650_000,
+    "nvmlDeviceGetPowerManagementDefaultLimit": lambda gpu: 700_000,
     "nvmlDeviceGetPowerManagementLimitConstraints": lambda gpu: [200_000, 700_000],
 }

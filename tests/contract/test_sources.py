@@ -13,7 +13,14 @@ from tests.fake_nvml import GIB, FakeNvml
 from gpuwatch import config, sources
 from gpuwatch.errors import SourceError
 from gpuwatch.records import MetricKind
-from gpuwatch.sources import HealthSource, HostSource, MetricsSource, NvmlSource, NvmlStaticSource
+from gpuwatch.sources import (
+    HealthSource,
+    HostSource,
+    MetricsSource,
+    NvmlSource,
+    NvmlStaticSource,
+    XidSource,
+)
 from gpuwatch.sources.catalogue import CATALOGUE
 from gpuwatch.sources.record import Recorder
 
@@ -102,6 +109,7 @@ def live_sources(vllm, session, tmp_path):
     return [
         NvmlSource(nvml, names=nvml),
         NvmlStaticSource(nvml),
+        XidSource(nvml),
         HostSource(tmp_path),
         MetricsSource("a", vllm.url, session),
         HealthSource("a", vllm.url, session),
@@ -171,6 +179,7 @@ def test_the_catalogue_has_a_help_and_a_unit_for_every_metric():
         "gpuwatch_notifications_unsent",
         "host_load1",
         "gpu_performance_state",
+        "gpu_recovery_action",
     }
     plain |= {"gpu_clocks_event_reasons", "gpu_clocks_event_active", "gpu_pcie_link_generation"}
     plain |= {"gpu_pcie_link_width", "gpu_pcie_link_generation_max", "gpu_pcie_link_width_max"}
@@ -185,7 +194,7 @@ def test_the_catalogue_has_a_help_and_a_unit_for_every_metric():
 def test_the_sources_of_a_host_are_named_after_what_they_read():
     settings = config.Settings(servers=[config.ServerSettings(name="a"), config.ServerSettings(name="b")])
     names = [s.name for s in sources.of_host(settings)]
-    assert names == ["nvml", "nvml_static", "host", "metrics:a", "health:a", "metrics:b", "health:b"]
+    assert names == ["nvml", "nvml_static", "xid", "host", "metrics:a", "health:a", "metrics:b", "health:b"]
 
 
 def test_a_host_without_a_driver_says_so_and_goes_on(tmp_path):
@@ -193,12 +202,13 @@ def test_a_host_without_a_driver_says_so_and_goes_on(tmp_path):
     try:
         nvml.nvmlInit()
     except nvml.NVMLError:
-        for source in (NvmlSource(nvml), NvmlStaticSource(nvml)):
+        for source in (NvmlSource(nvml), NvmlStaticSource(nvml), XidSource(nvml)):
             with pytest.raises(SourceError, match=r"read NVML: .*driver"):
                 source.read(NOW_MS)
     else:
         check(NvmlSource(nvml).read(NOW_MS), NOW_MS)
         check(NvmlStaticSource(nvml).read(NOW_MS), NOW_MS)
+        check(XidSource(nvml).read(NOW_MS), NOW_MS)
 
 
 def test_a_state_folder_that_is_missing_takes_only_its_own_figure(tmp_path):
@@ -333,6 +343,56 @@ def test_a_recorded_server_plays_as_it_was(vllm, tmp_path):
         with pytest.raises(SourceError, match="HTTP 404"):
             eyes["metrics:a"].read(second * 1000)
         assert verdict(eyes["health:a"], second * 1000) == 0
+
+
+def test_recorded_xids_play_as_they_came_whatever_else_was_read_between(tmp_path):
+    path, nvml = tmp_path / "r.jsonl", FakeNvml(gpus=2)
+    happens = {2: [(0, 31)], 3: [(1, 137), (1, 79)], 6: [(0, 31), (0, 31)]}
+    live = XidSource(nvml)
+    with Recorder(path, nvml, {}, state_dir=tmp_path, names=nvml) as recorder:
+        was = []
+        for second in range(10):
+            for index, xid in happens.get(second, ()):
+                nvml.xid(index, xid)
+            nvml.devices[1].lost = second >= 3
+            recorder.tick(second * 1000)
+            was.append(xid_counts(live, second * 1000))
+    recording = sources.open_recording(path)
+    played = {s.name: s for s in recording.sources()}
+    is_now = []
+    for second in range(10):
+        recording.seek(second * 1000)
+        is_now.append(xid_counts(played["xid"], second * 1000))
+    assert is_now == was
+    assert {key: value for key, value in was[-1].items() if value} == {
+        ("0", "31"): 3,
+        ("1", "137"): 1,
+        ("1", "79"): 1,
+    }
+
+
+def test_events_of_a_tick_that_nobody_read_are_not_missed(tmp_path):
+    path, nvml = tmp_path / "r.jsonl", FakeNvml()
+    with Recorder(path, nvml, {}, state_dir=tmp_path, names=nvml) as recorder:
+        for second in range(5):
+            if second in {1, 2}:
+                nvml.xid(0, 48)
+            recorder.tick(second * 1000)
+    played = next(s for s in sources.open_recording(path).sources() if s.name == "xid")
+    assert [xid_counts(played, at_ms)["0", "48"] for at_ms in (0, 4000)] == [0, 2]
+
+
+def test_a_recorder_that_heard_of_no_events_plays_no_counters(tmp_path):
+    path, nvml = tmp_path / "r.jsonl", FakeNvml()
+    nvml.unsupported = {"nvmlEventSetCreate"}
+    with Recorder(path, nvml, {}, state_dir=tmp_path, names=nvml) as recorder:
+        recorder.tick(0)
+    played = next(s for s in sources.open_recording(path).sources() if s.name == "xid")
+    assert played.read(0) == []
+
+
+def xid_counts(source, now_ms):
+    return {(s.labels.get("gpu"), s.labels.get("xid")): s.value for s in source.read(now_ms)}
 
 
 def verdict(source, now_ms):

@@ -7,6 +7,7 @@ from tests.fake_nvml import GIB, FakeNvml
 from gpuwatch.errors import SourceError
 from gpuwatch.sources.nvml import NvmlSource, NvmlStaticSource
 from gpuwatch.sources.processes import ProcessIdentity, PsutilNames, owner_of
+from gpuwatch.sources.xid import XIDS, XidSource
 
 SECOND, MINUTE = 1000, 60_000
 
@@ -64,6 +65,9 @@ def source_of(nvml):
         (("gpu_remapped_rows_failed",), 0),
         (("gpu_pcie_link_generation",), 5),
         (("gpu_performance_state",), 0),
+        (("gpu_encoder_utilization_ratio",), 0.1),
+        (("gpu_decoder_utilization_ratio",), 0.05),
+        (("gpu_recovery_action",), 1),
         (("gpu_process_memory_used_bytes", "vllm", "VLLM::EngineCore"), 3 * GIB),
     ],
 )
@@ -71,7 +75,7 @@ def test_a_reading_is_in_base_units(metric, value):
     nvml = FakeNvml()
     gpu = nvml.devices[0]
     gpu.processes = [(7, "VLLM::EngineCore", 3 * GIB)]
-    gpu.utilization, gpu.clocks_event_reasons = 50, 0x44
+    gpu.utilization, gpu.clocks_event_reasons, gpu.recovery_action = 50, 0x44, 1
     gpu.ecc_errors, gpu.remapped_rows = {(1, 0): 2}, (1, 2, 1, 0)
     assert read(source_of(nvml))[metric] == value
 
@@ -82,6 +86,8 @@ def test_what_does_not_change_is_a_source_of_its_own():
     assert source.interval_ms == MINUTE
     assert values["gpu_temperature_threshold_celsius", "slowdown"] == 89
     assert values["gpu_power_limit_max_watts",] == 700
+    assert values["gpu_power_limit_set_watts",] == 650
+    assert values["gpu_power_limit_default_watts",] == 700
     (info,) = [s.labels for s in source.read(0) if s.labels.metric == "gpu_info"]
     assert info.get("driver_version") == "580.159.04"
     assert info.get("cuda_version") == "13.0"
@@ -112,17 +118,29 @@ def test_what_is_not_supported_is_asked_again_after_ten_minutes():
     assert read(source, 10 * MINUTE)["gpu_power_draw_watts",] == 100
 
 
-def test_a_field_that_is_not_supported_is_no_sample():
+def test_a_field_that_is_not_supported_is_no_sample_and_the_others_are():
     nvml = FakeNvml()
-    answer = nvml.nvmlDeviceGetFieldValues
+    nvml.devices[0].recovery_action = None
+    source = source_of(nvml)
+    for now_ms in (0, SECOND):
+        values = read(source, now_ms)
+        assert ("gpu_recovery_action",) not in values
+        assert values["gpu_memory_temperature_celsius",] == 45
+    nvml.devices[0].recovery_action, nvml.devices[0].memory_temperature = 4, None
+    values = read(source, 2 * SECOND)
+    assert ("gpu_memory_temperature_celsius",) not in values
+    assert values["gpu_recovery_action",] == 4
 
-    def refused(handle, ids):
-        (field,) = answer(handle, ids)
-        field.nvmlReturn = pynvml.NVML_ERROR_NOT_SUPPORTED
-        return [field]
 
-    nvml.nvmlDeviceGetFieldValues = refused
-    assert ("gpu_memory_temperature_celsius",) not in read(source_of(nvml))
+def test_all_fields_are_one_call_and_rarely_asked_where_none_is_supported():
+    nvml = FakeNvml()
+    source = source_of(nvml)
+    read(source, 0)
+    assert nvml.calls["nvmlDeviceGetFieldValues"] == 1
+    nvml.devices[0].memory_temperature = nvml.devices[0].recovery_action = None
+    for now_ms in range(SECOND, MINUTE, SECOND):
+        read(source, now_ms)
+    assert nvml.calls["nvmlDeviceGetFieldValues"] == 2
 
 
 def test_a_binding_without_a_function_has_no_sample_of_it():
@@ -266,3 +284,123 @@ def test_real_processes_are_looked_up_and_missing_ones_are_none():
         assert seen.parent_pid == os.getppid()
         assert "python" in seen.command_line or "pytest" in seen.command_line
     assert names.look_up(2**22 + 1) is None
+
+
+# -- Xid errors --------------------------------------------------------------------------------------
+
+
+def xids(source, now_ms):
+    """Counts by GPU and number, those that are not 0 and those that are not in the table."""
+    return {
+        (int(s.labels.get("gpu")), int(s.labels.get("xid"))): s.value
+        for s in source.read(now_ms)
+        if s.value or int(s.labels.get("xid")) not in XIDS
+    }
+
+
+def test_the_xids_that_matter_are_counted_from_nought():
+    nvml = FakeNvml(gpus=2)
+    source = XidSource(nvml)
+    assert {(s.labels.get("gpu"), int(s.labels.get("xid"))): s.value for s in source.read(0)} == {
+        (gpu, xid): 0 for gpu in "01" for xid in XIDS
+    }
+    nvml.xid(1, 79)
+    nvml.xid(1, 79)
+    nvml.xid(0, 31)
+    assert xids(source, SECOND) == {(1, 79): 2, (0, 31): 1}
+    assert xids(source, 2 * SECOND) == {(1, 79): 2, (0, 31): 1}
+
+
+def test_another_xid_is_nought_when_it_appears_and_counts_from_the_next_read():
+    nvml = FakeNvml()
+    source = XidSource(nvml)
+    source.read(0)
+    nvml.xid(0, 137)
+    nvml.xid(0, 137)
+    assert xids(source, SECOND) == {(0, 137): 0}
+    nvml.xid(0, 137)
+    assert xids(source, 2 * SECOND) == {(0, 137): 3}
+
+
+def test_nothing_but_xids_is_listened_for():
+    nvml = FakeNvml()
+    source = XidSource(nvml)
+    source.read(0)
+    assert [events.types for events in nvml.event_sets] == [pynvml.nvmlEventTypeXidCriticalError]
+
+
+def test_a_gpu_that_tells_of_no_events_has_no_counters_and_is_asked_every_ten_minutes():
+    nvml = FakeNvml()
+    nvml.unsupported = {"nvmlDeviceRegisterEvents"}
+    source = XidSource(nvml)
+    for now_ms in range(0, 10 * MINUTE, SECOND):
+        assert source.read(now_ms) == []
+    assert nvml.calls["nvmlDeviceRegisterEvents"] == 1
+    assert all(events.freed for events in nvml.event_sets)
+    nvml.unsupported.clear()
+    assert len(source.read(10 * MINUTE)) == len(XIDS)
+
+
+def test_a_gpu_that_falls_off_the_bus_is_counted_and_the_others_are_heard():
+    nvml = FakeNvml(gpus=2)
+    source = XidSource(nvml)
+    source.read(0)
+    nvml.xid(0, 79)
+    nvml.devices[0].lost = True
+    assert xids(source, SECOND) == {(0, 79): 1}
+    nvml.xid(1, 13)
+    for now_ms in (2 * SECOND, MINUTE):
+        assert xids(source, now_ms) == {(0, 79): 1, (1, 13): 1}
+    nvml.devices[0].lost = False
+    source.read(2 * MINUTE)
+    nvml.xid(0, 31)
+    assert xids(source, 3 * MINUTE) == {(0, 79): 1, (0, 31): 1, (1, 13): 1}
+    assert [events.freed for events in nvml.event_sets] == [True, False, False]
+
+
+def test_counters_outlive_a_driver_that_goes_away():
+    nvml = FakeNvml()
+    source = XidSource(nvml)
+    source.read(0)
+    nvml.xid(0, 48)
+    source.read(SECOND)
+    nvml.driver_missing = True
+    with pytest.raises(SourceError):
+        source.read(2 * SECOND)
+    nvml.driver_missing = False
+    assert xids(source, 13 * SECOND) == {(0, 48): 1}
+    nvml.xid(0, 48)
+    assert xids(source, 14 * SECOND) == {(0, 48): 2}
+
+
+def test_a_set_that_fails_is_registered_anew():
+    nvml = FakeNvml()
+    source = XidSource(nvml)
+    source.read(0)
+    nvml.fail_once["nvmlEventSetWait_v2"] = pynvml.NVML_ERROR_UNKNOWN
+    source.read(SECOND)
+    source.read(2 * SECOND)
+    nvml.xid(0, 94)
+    assert xids(source, 3 * SECOND) == {(0, 94): 1}
+    assert [events.freed for events in nvml.event_sets] == [True, False]
+
+
+def test_a_flood_takes_several_reads_and_nothing_of_it_is_lost():
+    nvml = FakeNvml()
+    source = XidSource(nvml)
+    source.read(0)
+    for _ in range(1000):
+        nvml.xid(0, 95)
+    seen = [xids(source, now_ms)[0, 95] for now_ms in range(SECOND, 6 * SECOND, SECOND)]
+    assert seen[0] < 1000
+    assert seen[-1] == 1000
+
+
+def test_counters_of_a_gpu_whose_index_shifts_do_not_seem_to_rise():
+    nvml = FakeNvml(gpus=2)
+    source = XidSource(nvml)
+    source.read(0)
+    nvml.xid(1, 74)
+    source.read(SECOND)
+    nvml.devices.pop(0)
+    assert xids(source, 2 * SECOND) == {(0, 74): 1}

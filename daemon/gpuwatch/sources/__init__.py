@@ -9,6 +9,7 @@ from gpuwatch.sources.host import HostSource
 from gpuwatch.sources.nvml import NvmlSource, NvmlStaticSource
 from gpuwatch.sources.processes import PsutilNames
 from gpuwatch.sources.vllm import HealthSource, MetricsSource, local_session
+from gpuwatch.sources.xid import XidSource
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,6 +27,8 @@ __all__ = [
     "NvmlStaticSource",
     "PsutilNames",
     "Source",
+    "XidSource",
+    "aliased",
     "load_nvml",
     "local_session",
     "of_host",
@@ -54,6 +57,7 @@ def of_host(settings: Settings) -> list[Source]:
     eyes: list[Source] = [
         NvmlSource(nvml, interval_ms=every.nvml_interval),
         NvmlStaticSource(nvml),
+        XidSource(nvml),
         HostSource(settings.state_dir, interval_ms=every.host_interval),
     ]
     for server in settings.servers:
@@ -61,7 +65,16 @@ def of_host(settings: Settings) -> list[Source]:
             MetricsSource(server.name, server.url, local_session(), interval_ms=every.metrics_interval),
             HealthSource(server.name, server.url, local_session(), interval_ms=every.health_interval),
         ]
-    return eyes
+    return aliased(eyes, settings)
+
+
+def aliased(eyes: list[Source], settings: Settings) -> list[Source]:
+    """The same sources; those whose readings are wanted under other names too give them under both."""
+    if "dcgm" not in settings.metrics.aliases:
+        return eyes
+    from gpuwatch.sources.dcgm import with_dcgm_names  # noqa: PLC0415 (only where it is asked for)
+
+    return with_dcgm_names(eyes, settings.host)
 
 
 def open_recording(path: Path) -> Recording:

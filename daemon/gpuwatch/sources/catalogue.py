@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from gpuwatch.records import Metric, MetricKind
-from gpuwatch.sources import host, nvml, recorded, vllm
+from gpuwatch.sources import host, nvml, recorded, vllm, xid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,11 +24,18 @@ _OWN: Final = (
     ),
     _gauge("server_phase", "1 for the phase that the server is in.", "server", "phase"),
     _gauge(
-        "server_start_seconds", "How long the server has been coming up; none once it is healthy.", "server"
+        "server_start_time_seconds",
+        "Unix time at which the process that is coming up began; none once it is healthy.",
+        "server",
     ),
     _gauge("gpuwatch_receiver_broken", "1 while a receiver refuses every message, else 0.", "receiver"),
     _gauge("gpuwatch_notifications_unsent", "Messages that wait to be sent.", "receiver"),
     _gauge("gpuwatch_rules_failing", "Rules that could not be evaluated."),
+    Metric(
+        name="gpuwatch_rule_evaluations_missed_total",
+        kind=MetricKind.COUNTER,
+        help="Evaluations of rule groups that were left out because a tick came late.",
+    ),
     _gauge("gpuwatch_remote_write_failing", "1 while a receiver of samples takes none, else 0.", "receiver"),
     Metric(
         name="gpuwatch_remote_write_dropped_samples_total",
@@ -49,5 +56,5 @@ _OWN: Final = (
     ),
 )
 
-METRICS: Final = (*_OWN, *nvml.METRICS, *recorded.METRICS, *host.METRICS, *vllm.METRICS)
+METRICS: Final = (*_OWN, *nvml.METRICS, *xid.METRICS, *recorded.METRICS, *host.METRICS, *vllm.METRICS)
 CATALOGUE: Final[Mapping[str, Metric]] = {metric.name: metric for metric in METRICS}

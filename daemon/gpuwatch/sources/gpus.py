@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from gpuwatch.errors import SourceError
 from gpuwatch.sources.readings import FIELD_VALUES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
     from gpuwatch.records import Labels
     from gpuwatch.sources.readings import Question
 
@@ -25,6 +28,7 @@ ASK_AGAIN_MS: Final = 600_000
 UNINITIALIZED: Final = 1
 NO_PERMISSION: Final = 4
 DRIVER_NOT_LOADED: Final = 9
+TIMEOUT: Final = 10
 LIBRARY_NOT_FOUND: Final = 12
 FUNCTION_NOT_FOUND: Final = 13
 GPU_IS_LOST: Final = 15
@@ -69,6 +73,20 @@ class Nvml(Protocol):
         """The identity of a GPU."""
         ...
 
+    def nvmlEventSetCreate(self) -> object:  # noqa: N802  # NVML's name
+        """An event set, registered for nothing."""
+        ...
+
+    def nvmlDeviceRegisterEvents(self, handle: object, types: int, events: object, /) -> None:  # noqa: N802
+        """Have a set told what happens to a GPU from now on; `types` is a bit mask."""
+
+    def nvmlEventSetWait_v2(self, events: object, timeout_ms: int, /) -> Any:  # noqa: ANN401, N802
+        """The next event of a set; an error of code `TIMEOUT` if there is none."""
+        ...
+
+    def nvmlEventSetFree(self, events: object, /) -> None:  # noqa: N802  # NVML's name
+        """Give a set back."""
+
 
 @dataclass(slots=True)
 class Gpu:
@@ -109,7 +127,7 @@ class Gpus:
         self._gpus: list[Gpu] = []
         self._try_at_ms = 0
         self._failure = ""
-        self._ask_at_ms: dict[tuple[str, Question], int] = {}
+        self._ask_at_ms: dict[tuple[str, Hashable], int] = {}
 
     def listed(self, now_ms: int) -> list[Gpu]:
         """Every GPU seen so far, lost ones too; SourceError while NVML as a whole fails."""
@@ -138,23 +156,31 @@ class Gpus:
 
         GpuLostError if the GPU is gone, SourceError if NVML as a whole is.
         """
-        if self.lacks(gpu, question, now_ms):
+        return self.tried(gpu, question, partial(self._call, gpu, question), now_ms)
+
+    def tried(self, gpu: Gpu, what: Hashable, call: Callable[[], Any], now_ms: int) -> Any | None:  # noqa: ANN401
+        """As `answer`, of any call; `what` is how it is known when it turns out to be unsupported."""
+        if self.lacks(gpu, what, now_ms):
             return None
         try:
-            return self._call(gpu, question)
+            return call()
         except self._errors as error:
-            code = code_of(error)
-            if code == GPU_IS_LOST:
-                raise GpuLostError from None
-            if code in _CLOSED:
-                raise self.failed(error, now_ms) from None
-            if code in _UNSUPPORTED:
-                self._ask_at_ms[gpu.uuid, question] = now_ms + ASK_AGAIN_MS
+            self.weigh(error, now_ms)
+            if code_of(error) in _UNSUPPORTED:
+                self._ask_at_ms[gpu.uuid, what] = now_ms + ASK_AGAIN_MS
             return None
 
-    def lacks(self, gpu: Gpu, question: Question, now_ms: int) -> bool:
+    def weigh(self, error: Exception, now_ms: int) -> None:
+        """Raise GpuLostError or SourceError if an error means that the GPU, or NVML as a whole, is gone."""
+        code = code_of(error)
+        if code == GPU_IS_LOST:
+            raise GpuLostError from None
+        if code in _CLOSED:
+            raise self.failed(error, now_ms) from None
+
+    def lacks(self, gpu: Gpu, what: Hashable, now_ms: int) -> bool:
         """Whether the GPU said that it does not support this, and need not be asked again yet."""
-        return self._ask_at_ms.get((gpu.uuid, question), now_ms) > now_ms
+        return self._ask_at_ms.get((gpu.uuid, what), now_ms) > now_ms
 
     def version(self, function: str) -> Any | None:  # noqa: ANN401  # text or a number
         """The answer of a system query such as nvmlSystemGetDriverVersion; None if it fails."""
@@ -168,7 +194,7 @@ class Gpus:
         if function is None:  # an older binding
             raise self._nvml.NVMLError(FUNCTION_NOT_FOUND)
         answer = function(gpu.handle, *question.arguments)
-        if question.function == FIELD_VALUES and answer[0].nvmlReturn:
+        if question.function == FIELD_VALUES and all(field.nvmlReturn for field in answer):
             raise self._nvml.NVMLError(answer[0].nvmlReturn)
         return answer
 

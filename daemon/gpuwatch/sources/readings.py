@@ -20,7 +20,7 @@ _UNKNOWN_PERFORMANCE_STATE: Final = 32  # NVML_PSTATE_UNKNOWN
 
 NVML_MEMORY_V2: Final = 0x02000028  # nvmlMemory_v2: the struct's size and version, part of the driver's ABI
 FIELD_VALUES: Final = "nvmlDeviceGetFieldValues"
-FIELD_NAMES: Final = {82: "NVML_FI_DEV_MEMORY_TEMP"}
+FIELD_NAMES: Final = {82: "NVML_FI_DEV_MEMORY_TEMP", 230: "NVML_FI_DEV_GET_GPU_RECOVERY_ACTION"}
 CLOCKS_EVENT_REASONS: Final = {
     0x001: "gpu_idle",
     0x002: "applications_clocks_setting",
@@ -85,6 +85,10 @@ def field_value(field: Any) -> float:  # noqa: ANN401  # nvmlFieldValue_t
     return float(getattr(field.value, _FIELD_VALUE_TYPES[field.valueType]))
 
 
+def _field(i: int) -> Callable[[Any], float | None]:
+    return lambda fields: None if fields[i].nvmlReturn else field_value(fields[i])
+
+
 def _item(i: int) -> Callable[[Sequence[int]], float]:
     return lambda answer: answer[i]
 
@@ -127,6 +131,22 @@ READINGS: Final = (
             lambda u: u.memory / 100,
         ),
     ),
+    _ask(
+        "nvmlDeviceGetEncoderUtilization",
+        Reading(
+            "gpu_encoder_utilization_ratio",
+            "Share of time in which the video encoder worked.",
+            lambda answer: answer[0] / 100,
+        ),
+    ),
+    _ask(
+        "nvmlDeviceGetDecoderUtilization",
+        Reading(
+            "gpu_decoder_utilization_ratio",
+            "Share of time in which the video decoder worked.",
+            lambda answer: answer[0] / 100,
+        ),
+    ),
     Question(
         "nvmlDeviceGetTemperature",
         (0,),
@@ -134,12 +154,14 @@ READINGS: Final = (
     ),
     Question(
         FIELD_VALUES,
-        ([82],),
+        (list(FIELD_NAMES),),
         (
+            Reading("gpu_memory_temperature_celsius", "Temperature of the device memory.", _field(0)),
             Reading(
-                "gpu_memory_temperature_celsius",
-                "Temperature of the device memory.",
-                lambda fields: field_value(fields[0]),
+                "gpu_recovery_action",
+                "What the driver asks for: 0 nothing, 1 reset the GPU, 2 reboot the host, 3 end its use by "
+                "peers, 4 end all use and reset, 5 recover the IMEX domain, 6 reset the bus, 7 reboot all.",
+                _field(1),
             ),
         ),
     ),
@@ -301,6 +323,14 @@ STATIC_READINGS: Final = (
     _ask(
         "nvmlDeviceGetMaxPcieLinkWidth",
         Reading("gpu_pcie_link_width_max", "Most PCIe lanes of GPU and slot.", float),
+    ),
+    _ask(
+        "nvmlDeviceGetPowerManagementLimit",
+        Reading("gpu_power_limit_set_watts", "The power limit that was set.", lambda mw: mw / 1000),
+    ),
+    _ask(
+        "nvmlDeviceGetPowerManagementDefaultLimit",
+        Reading("gpu_power_limit_default_watts", "The board's own power limit.", lambda mw: mw / 1000),
     ),
     _ask(
         "nvmlDeviceGetPowerManagementLimitConstraints",

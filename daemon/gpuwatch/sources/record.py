@@ -12,6 +12,7 @@ import gzip
 import json
 import lzma
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, cast
 
 import psutil
@@ -24,6 +25,7 @@ from gpuwatch.sources.processes import ProcessIdentity, ProcessNames, PsutilName
 from gpuwatch.sources.readings import FIELD_NAMES, FIELD_VALUES, field_value
 from gpuwatch.sources.recorded import VERSIONS, answer_key
 from gpuwatch.sources.vllm import fetch_metrics, local_session, probe_health
+from gpuwatch.sources.xid import XidSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -40,6 +42,12 @@ class _Handle(NamedTuple):
     inner: object
 
 
+@dataclass(slots=True)
+class _EventSet:
+    inner: object
+    gpu: int = -1
+
+
 class NotingNvml:
     """NVML's module, with a note of every answer a device gave, under the key that a recording uses."""
 
@@ -51,6 +59,7 @@ class NotingNvml:
         self._errors = (nvml.NVMLError, nvml.NVMLLibraryMismatchError)
         self._notes: dict[int, dict[str, Any]] = {}
         self._count = 0
+        self._events: list[dict[str, int]] | None = None
         self.versions: dict[str, Any] = {}
         self.failure_code = UNKNOWN
 
@@ -58,6 +67,13 @@ class NotingNvml:
         """The answers since the last call, by device; none for a device that was not asked or is lost."""
         notes, self._notes = self._notes, {}
         return [notes.get(i, {}) for i in range(max([self._count, *(i + 1 for i in notes)]))]
+
+    def taken_events(self) -> list[dict[str, int]] | None:
+        """What event sets were told since the last call; None while none is registered."""
+        events = self._events
+        if events is not None:
+            self._events = []
+        return events
 
     def nvmlInit(self) -> None:  # noqa: N802  # NVML's name
         """As the real one."""
@@ -75,6 +91,26 @@ class NotingNvml:
     def nvmlDeviceGetHandleByIndex(self, index: int) -> _Handle:  # noqa: N802  # NVML's name
         """A handle that knows its index."""
         return _Handle(index, self._nvml.nvmlDeviceGetHandleByIndex(index))
+
+    def nvmlEventSetCreate(self) -> _EventSet:  # noqa: N802  # NVML's name
+        """A set that will know its GPU."""
+        return _EventSet(self._nvml.nvmlEventSetCreate())
+
+    def nvmlDeviceRegisterEvents(self, handle: _Handle, types: int, events: _EventSet) -> None:  # noqa: N802
+        """As the real one, of one GPU a set."""
+        self._nvml.nvmlDeviceRegisterEvents(handle.inner, types, events.inner)
+        events.gpu, self._events = handle.gpu, self._events or []
+
+    def nvmlEventSetWait_v2(self, events: _EventSet, timeout_ms: int) -> Any:  # noqa: ANN401, N802
+        """The event, noted with the index of its GPU."""
+        event = self._nvml.nvmlEventSetWait_v2(events.inner, timeout_ms)
+        note = {"gpu": events.gpu, "eventType": int(event.eventType), "eventData": int(event.eventData)}
+        self._events = [*(self._events or ()), note]
+        return event
+
+    def nvmlEventSetFree(self, events: _EventSet) -> None:  # noqa: N802  # NVML's name
+        """As the real one."""
+        self._nvml.nvmlEventSetFree(events.inner)
 
     def __getattr__(self, function: str) -> Callable[..., Any]:
         """Every other function, asked and noted; AttributeError where the binding lacks it."""
@@ -156,9 +192,11 @@ class Recorder:
         self._names = NotingNames(names or PsutilNames())
         self._noting = NotingNvml(nvml)
         self._noting_static = NotingNvml(nvml)
+        self._noting_events = NotingNvml(nvml)
         # The protocol's members beyond the declared ones are answered by __getattr__, which mypy cannot see.
         self._nvml = NvmlSource(cast("Nvml", self._noting), names=self._names)
         self._nvml_static = NvmlStaticSource(cast("Nvml", self._noting_static))
+        self._xid = XidSource(cast("Nvml", self._noting_events))
         self._host = HostFigures(state_dir)
         self._state_dir = state_dir
         self._static: list[dict[str, Any]] = []
@@ -169,6 +207,7 @@ class Recorder:
         """Ask everything once and write it; takes up to 3 s more a server that gives no answer."""
         tick: dict[str, Any] = {"kind": "tick", "t": now_ms / 1000, "nvml_error": self._read_nvml(now_ms)}
         tick["devices"] = self._noting.taken()
+        tick["events"] = self._read_events(now_ms)
         tick["processes"] = self._read_processes()
         tick["host"] = self._read_host()
         for server, url in self._servers.items():
@@ -194,6 +233,11 @@ class Recorder:
         except SourceError:
             return {"code": self._noting.failure_code}
         return None
+
+    def _read_events(self, now_ms: int) -> list[dict[str, int]] | None:
+        with suppress(SourceError):  # the tick says why
+            self._xid.read(now_ms)
+        return self._noting_events.taken_events()
 
     def _read_processes(self) -> list[dict[str, Any]]:
         """Those on a GPU with their ancestors, and every vLLM process, which has no GPU while it starts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -9,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from gpuwatch.errors import SourceError
 from gpuwatch.records import Labels, Metric, MetricKind, Sample
 from gpuwatch.sources.exposition import Exposition
-from gpuwatch.sources.gpus import FUNCTION_NOT_FOUND, GPU_IS_LOST, Nvml, load_nvml
+from gpuwatch.sources.gpus import FUNCTION_NOT_FOUND, GPU_IS_LOST, TIMEOUT, Nvml, load_nvml
 from gpuwatch.sources.host import host_samples
 from gpuwatch.sources.nvml import NvmlSource, NvmlStaticSource
 from gpuwatch.sources.processes import RecordedNames
 from gpuwatch.sources.readings import FIELD_NAMES
 from gpuwatch.sources.vllm import HealthAnswer, health_samples
+from gpuwatch.sources.xid import XidSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -67,6 +69,13 @@ METRICS: Final = tuple(
 )
 
 
+@dataclass(slots=True)
+class _EventSet:
+    gpu: int = -1
+    types: int = 0
+    told: int = 0
+
+
 class RecordedNvml:
     """Stands in for pynvml's module: answers from recorded answers, refuses with the recorded errors.
 
@@ -108,6 +117,30 @@ class RecordedNvml:
         """Recorded by name; each field has an answer or an error of its own."""
         fields = self._device(handle).get("fields", {})
         return [_field(fields.get(FIELD_NAMES.get(i, ""), {"code": FUNCTION_NOT_FOUND})) for i in ids]
+
+    def nvmlEventSetCreate(self) -> _EventSet:  # noqa: N802  # NVML's name
+        """Refuses if the recorder heard of no events."""
+        if self._recording.present.get("events") is None:
+            raise self._refusal(FUNCTION_NOT_FOUND)
+        return _EventSet()
+
+    def nvmlDeviceRegisterEvents(self, handle: int, types: int, events: _EventSet) -> None:  # noqa: N802
+        """From the present tick on."""
+        events.gpu, events.types = handle, types
+        events.told = sum(at_ms < self._recording.present_ms for at_ms, _ in self._recording.events)
+
+    def nvmlEventSetWait_v2(self, events: _EventSet, _timeout_ms: int) -> Any:  # noqa: ANN401, N802
+        """The next one recorded up to now."""
+        while events.told < len(self._recording.events):
+            _, event = self._recording.events[events.told]
+            events.told += 1
+            if event["gpu"] == events.gpu and event["eventType"] & events.types:
+                return _struct(event)
+        self._device(events.gpu)
+        raise self._refusal(TIMEOUT)
+
+    def nvmlEventSetFree(self, events: _EventSet) -> None:  # noqa: N802  # NVML's name
+        """There is nothing to free."""
 
     def __getattr__(self, function: str) -> Callable[..., Any]:
         """Every other function, by its name and arguments as recorded."""
@@ -173,6 +206,7 @@ def recorded_sources(recording: Recording, servers: Sequence[str]) -> list[Sourc
     # The protocol's members beyond the declared ones are answered by __getattr__, which mypy cannot see.
     nvml = NvmlSource(cast("Nvml", RecordedNvml(recording, "present")), names=names)
     static = NvmlStaticSource(cast("Nvml", RecordedNvml(recording, "static")))
+    xid = XidSource(cast("Nvml", RecordedNvml(recording, "present")))
 
     def read_nvml(now_ms: int) -> list[Sample]:
         names.set(recording.present.get("processes", ()))
@@ -181,6 +215,7 @@ def recorded_sources(recording: Recording, servers: Sequence[str]) -> list[Sourc
     played: list[Source] = [
         _Played(recording, nvml.name, nvml.interval_ms, read_nvml),
         _Played(recording, static.name, static.interval_ms, static.read),
+        _Played(recording, xid.name, xid.interval_ms, xid.read),
         _Played(recording, "host", 1000, partial(_host, recording)),
         _Played(recording, "allocator", 1000, partial(_allocator, recording)),
     ]

@@ -45,6 +45,7 @@ class Recording:
             cause = self.fault or "there is no tick in it"
             raise SourceError(f"open recording {path}: {cause}; is it a file that gpuwatch record wrote?")
         self.present = first
+        self.events = _events(first)  # of every tick up to the present one, with their times
         self._next = next(self._ticks, None)
         self.start_ms = self.present_ms
 
@@ -75,6 +76,7 @@ class Recording:
             while self._next is not None and _at_ms(self._next) <= now_ms:
                 carried = {key: value for key, value in self.present.items() if key.startswith(_CARRIED)}
                 self.present = carried | self._next
+                self.events += _events(self._next)
                 self._next = next(self._ticks, None)
 
     def has_server_process(self, now_ms: int) -> bool | None:
@@ -124,6 +126,11 @@ def _open(path: Path) -> IO[str]:
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8")
     return path.open(encoding="utf-8")
+
+
+def _events(tick: dict[str, Any]) -> list[tuple[int, Any]]:
+    events = tick.get("events")
+    return [(_at_ms(tick), event) for event in events] if isinstance(events, list) else []
 
 
 def _at_ms(tick: dict[str, Any]) -> int:
