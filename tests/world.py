@@ -301,7 +301,11 @@ class World:
         self.store = assembly.open_store(self.settings, self.groups, self.now_ms)
         self.known.heard = dict(self.known.wishes)
         self.store.reload(self.now_ms)
-        self.cycle = Cycle(
+        self.cycle = self._cycle()
+        self.due_ms: dict[str, int] = {}
+
+    def _cycle(self) -> Cycle:
+        return Cycle(
             Parts(
                 settings=self.settings,
                 store=self.store,
@@ -309,11 +313,16 @@ class World:
                 groups=self.groups,
                 supervisors={SERVER: self.supervisor},
                 notifiers={"slack": self.slack, "ding": self.ding},
-                started_at_ms=self.now_ms,
+                started_at_ms=self.booted_at_ms,
                 jitter=self.random.random,
             )
         )
-        self.due_ms: dict[str, int] = {}
+
+    def reload(self, rule_groups: tuple[rules.CompiledGroup, ...]) -> None:
+        """The operator edits the rules and reloads."""
+        self.groups = rule_groups
+        old, self.cycle = self.cycle, self._cycle()
+        self.cycle.take_over(old)
 
     def view(self) -> ReadStore:
         """What is on disk, as the command line sees it; StoreError."""

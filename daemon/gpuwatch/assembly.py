@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from gpuwatch import clock, config, notify, remediation, remote_write, rules, servers, sources
+from gpuwatch import clock, config, notify, promql, remediation, remote_write, rules, servers, sources
 from gpuwatch.cycle import Cycle, Parts
 from gpuwatch.errors import StoreError
 from gpuwatch.store import Changes, Disk, Store
@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 _LEAST_WINDOW_MS: Final = 3_600_000
 _SPARE_MS: Final = 10_000
+_SAMPLES_A_RULE: Final = 5_000_000  # at some 30 bytes each
+_SECONDS_A_RULE: Final = 5.0  # all that is judged waits for it
 
 
 def load(path: Path | None) -> tuple[Settings, tuple[rules.CompiledGroup, ...]]:
@@ -66,6 +68,12 @@ def window_ms(groups: Sequence[rules.CompiledGroup]) -> int:
     return max([_LEAST_WINDOW_MS, *(group.window_ms for group in groups)]) + _SPARE_MS
 
 
+def rule_limits() -> promql.Limits:
+    """What one rule may take, from now on."""
+    end_s = clock.monotonic_s() + _SECONDS_A_RULE
+    return promql.Limits(samples=_SAMPLES_A_RULE, is_over=lambda: clock.monotonic_s() > end_s)
+
+
 def remote_writers(settings: Settings) -> Mapping[str, RemoteWriter]:
     """Who gets all samples; ConfigError if what that needs is not installed."""
     if not settings.store.remote_write:
@@ -86,7 +94,8 @@ def cycle(
     hands: Mapping[str, servers.Supervisor]
     if recording:
         name = settings.servers[0].name
-        eyes, hands = recording.sources(name), {name: servers.PlayedSupervisor(recording.has_server_process)}
+        eyes = sources.aliased(recording.sources(name), settings)
+        hands = {name: servers.PlayedSupervisor(recording.has_server_process)}
     else:
         eyes = sources.of_host(settings)
         hands = {
@@ -104,6 +113,7 @@ def cycle(
             else voices,
             started_at_ms=started_at_ms,
             jitter=random.random,
+            limits=rule_limits,
             writers={} if recording else remote_writers(settings),
         )
     )

@@ -7,7 +7,8 @@ transaction: what changed is saved first, then done. Nothing here waits, reads a
 |-----------------------------------|-------------------------|
 | what a reading is                 | `sources`               |
 | whether a server is down          | `servers.phase`         |
-| whether an alert fires            | `rules`                 |
+| when a rule is evaluated          | `rules.judge`           |
+| whether an alert fires            | `rules.lifecycle`       |
 | whether something is done, what   | `remediation.planner`   |
 | why nothing is done               | `remediation.blockers`  |
 | how far a remediation has come    | `remediation.machine`   |
@@ -24,11 +25,10 @@ from typing import TYPE_CHECKING, Final
 
 from gpuwatch import notify, remediation, rules, servers
 from gpuwatch.errors import NotifyError, ServerError, SourceError, StoreError
-from gpuwatch.promql import Matcher
+from gpuwatch.promql import Limits, Matcher
 from gpuwatch.records import (
     STALE,
     Alert,
-    AlertState,
     Labels,
     Mode,
     Plan,
@@ -60,13 +60,12 @@ log = logging.getLogger(__name__)
 TICK_MS: Final = 1000
 _TICK_GRAIN_MS: Final = 100  # a tick that comes 2 ms late must not make `for: 2s` three seconds
 _FIRST_READ_WAIT_MS: Final = 15_000
-_JUMP_MS: Final = 60_000
 _HEALTH_LOOKBACK_MS: Final = 15_000
 _MESSAGES_A_TURN: Final = 10
 _HISTORY: Final = 100
 _SAVED_WITHIN_MS: Final = 500
 # What gpuwatch says itself; every other series comes from a source.
-_OWN: Final = ("ALERTS", "gpuwatch_", "server_down", "server_phase", "server_start_seconds")
+_OWN: Final = ("ALERTS", "gpuwatch_", "server_down", "server_phase", "server_start_time_seconds")
 _UNKNOWN: Final = SupervisorState(phase=SupervisorPhase.UNKNOWN)
 
 
@@ -83,6 +82,7 @@ class Parts:
     started_at_ms: int
     jitter: Callable[[], float]
     writers: Mapping[str, RemoteWriter] = field(default_factory=dict)
+    limits: Callable[[], Limits] = Limits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,16 +96,10 @@ class Report:
     refusals: Sequence[Refusal] = ()
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Judged:
-    servers: dict[str, ServerState]
-    alerts: list[Alert] = field(default_factory=list)
-    transitions: list[Transition] = field(default_factory=list)
-    ended: list[Alert] = field(default_factory=list)
-
-    @property
-    def firing(self) -> list[Alert]:
-        return [a for a in self.alerts if a.state is AlertState.FIRING]
+    servers: Mapping[str, ServerState]
+    verdict: rules.Verdict
 
 
 class Cycle:
@@ -123,7 +117,13 @@ class Cycle:
         self._all_seen = False
         self._series: dict[str, set[Labels]] = {}
         self._supervision: dict[str, SupervisorState] = {}
-        self._slots: dict[str, int] = {}
+        self.judge = rules.Judge(
+            parts.groups,
+            watched_until_ms=parts.store.last_tick_ms(),
+            outage=_outage(parts.settings),
+            terms=rules.Terms(limits=parts.limits),
+        )
+        self._remarked: set[str] = set()  # the rules of which it was told what PromQL remarks on them
         self.troubles = Troubles()
 
     def jobs(self) -> list[Job]:
@@ -158,6 +158,9 @@ class Cycle:
         self.troubles = old.troubles
         self._series = old._series
         self._supervision = old._supervision
+        self.judge.take_over(old.judge)
+        for key in {group.key for group in old.parts.groups} - {group.key for group in self.parts.groups}:
+            self._say_of_rules(key, rules.Evaluation())
 
     # -- collect ---------------------------------------------------------------------------------
 
@@ -199,7 +202,7 @@ class Cycle:
         advanced, asks = self._advance(judged, [*live, *begun], wishes, now_ms)
         refusals = [decision for decision in decisions.values() if isinstance(decision, Refusal)]
         messages = notify.messages_of_tick(
-            transitions=judged.transitions,
+            transitions=judged.verdict.transitions,
             decisions=decisions,
             remediations=advanced,
             before=live,
@@ -209,9 +212,9 @@ class Cycle:
         self._append_own_samples(now_ms)
         self.store.save(
             Changes(
-                alerts=judged.alerts,
-                ended=judged.ended,
-                transitions=judged.transitions,
+                alerts=judged.verdict.alerts,
+                ended=judged.verdict.ended,
+                transitions=judged.verdict.transitions,
                 servers=tuple(judged.servers.values()),
                 remediations=advanced,
                 notifications=notify.outbox(messages, self.parts.notifiers, now_ms),
@@ -238,32 +241,29 @@ class Cycle:
         if self._all_seen or self._unread:
             return
         self._all_seen = True
-        gone = [labels for labels in self.store.silent_since(self.parts.started_at_ms) if _is_read(labels)]
+        silent = self.store.silent_since(self.parts.started_at_ms)
+        self.judge.end_unless_written(labels for labels in silent if self.judge.writes(labels))
+        gone = [
+            labels for labels in silent if not (self.judge.writes(labels) or labels.metric.startswith(_OWN))
+        ]
         self._append("ended", [Sample(labels, now_ms, STALE) for labels in gone], now_ms)
 
     def _judge(self, now_ms: int) -> _Judged:
         """Which phase each server is in, and which alerts are active."""
-        judged = _Judged(servers=self._judge_servers(now_ms))
-        active = self.store.active_alerts()
-        kept = {_identity(a): a for a in active}
-        transitions = [
-            Transition(alert=a, was=a.state, now=None, at_ms=now_ms)
-            for a in rules.orphans(self.parts.groups, active)
-        ]
-        for group in self.parts.groups:
-            if self._is_due(group, now_ms):
-                evaluation = rules.evaluate(group, self.store, active, now_ms)
-                self._append(f"rules:{group.name}", evaluation.samples, now_ms)
-                failures = {str(failure.rule): failure.what for failure in evaluation.failures}
-                self.troubles.say_all(f"rule {group.name}/", failures)
-                transitions += evaluation.transitions
-                kept |= {_identity(a): a for a in evaluation.alerts}
-        judged.transitions = [_resolved_if_fired(t) for t in transitions]
-        judged.ended = [t.alert for t in judged.transitions if t.now in {None, AlertState.RESOLVED}]
-        for alert in judged.ended:
-            kept.pop(_identity(alert), None)
-        judged.alerts = list(kept.values())
-        return judged
+        states = self._judge_servers(now_ms)
+        verdict = self.judge.judge(self.store, self.store.active_alerts(), now_ms)
+        for key, evaluation in verdict.evaluations.items():
+            self._say_of_rules(key, evaluation)
+        return _Judged(states, verdict)
+
+    def _say_of_rules(self, group: str, evaluation: rules.Evaluation) -> None:
+        self.troubles.say_all(f"rule {group}/", {f.rule: f.what for f in evaluation.failures})
+        for failure in evaluation.failures:
+            if failure.bug:
+                self.troubles.bug(f"bug in rule {group}/{failure.rule}", failure.bug)
+        for rule in evaluation.remarks.keys() - self._remarked:
+            self._remarked.add(rule)
+            log.warning("rule %s/%s: %s", group, rule, evaluation.remarks[rule])
 
     def _judge_servers(self, now_ms: int) -> dict[str, ServerState]:
         known = self.store.servers()
@@ -310,7 +310,7 @@ class Cycle:
         """For each firing alert a plan, or why none."""
         decisions: dict[tuple[str, Labels], Plan | Refusal] = {}
         begun: list[Remediation] = []
-        for alert in judged.firing:
+        for alert in judged.verdict.firing:
             situation = self._situation(alert, judged, begun, wishes, now_ms)
             decision = remediation.decide(situation, self.settings.remediation.mode)
             decisions[_identity(alert)] = decision
@@ -376,7 +376,9 @@ class Cycle:
             word, by = "abort", "configuration"
         return remediation.Seen(
             server=server or _unseen(r.plan.server, now_ms),
-            alert_firing=any(_identity(a) == (r.plan.alert, r.plan.alert_labels) for a in judged.firing),
+            alert_firing=any(
+                _identity(a) == (r.plan.alert, r.plan.alert_labels) for a in judged.verdict.firing
+            ),
             paused=wishes.paused_until_ms is not None and now_ms < wishes.paused_until_ms,
             word=word,
             by=by,
@@ -442,21 +444,15 @@ class Cycle:
 
     def _notice_jump(self, now_ms: int) -> None:
         gap_ms = now_ms - self.last_tick_ms
-        if gap_ms > _JUMP_MS:
+        if gap_ms > rules.JUMP_MS:
             self.jumped_at_ms = now_ms
             log.warning("time went on by %d s at once: the clock jumped or the host slept", gap_ms // 1000)
         self.last_tick_ms = now_ms
 
-    def _is_due(self, group: rules.CompiledGroup, now_ms: int) -> bool:
-        slot = now_ms // group.interval_ms
-        if self._slots.get(str(group.place)) == slot:
-            return False
-        self._slots[str(group.place)] = slot
-        return True
-
     def _append_own_samples(self, now_ms: int) -> None:
         own: dict[Labels, float] = {
             Labels.of("gpuwatch_rules_failing"): self.troubles.count("rule "),
+            Labels.of("gpuwatch_rule_evaluations_missed_total"): self.judge.missed,
             Labels.of("gpuwatch_internal_errors_total"): self.troubles.internal_errors,
             Labels.of("gpuwatch_store_dropped_scrapes_total"): self.store.dropped_scrapes,
         }
@@ -488,19 +484,15 @@ class Cycle:
         now_ms: int,
     ) -> Report:
         before = {r.plan.id: r.phase for r in self.last_report.remediations}
-        for line in notify.log_lines(judged.transitions, advanced, before):
+        for line in notify.log_lines(judged.verdict.transitions, advanced, before):
             log.info(line)
         return Report(
             at_ms=now_ms,
-            summary=notify.summary(judged.servers.values(), judged.firing, advanced, refusals),
-            transitions=judged.transitions,
+            summary=notify.summary(judged.servers.values(), judged.verdict.firing, advanced, refusals),
+            transitions=judged.verdict.transitions,
             remediations=advanced,
             refusals=refusals,
         )
-
-
-def _is_read(labels: Labels) -> bool:
-    return not labels.metric.startswith(_OWN)
 
 
 def _identity(alert: Alert) -> tuple[str, Labels]:
@@ -511,9 +503,6 @@ def _unseen(name: str, now_ms: int) -> ServerState:
     return ServerState(name=name, phase=ServerPhase.UNSEEN, since_ms=now_ms, seen_at_ms=now_ms)
 
 
-def _resolved_if_fired(t: Transition) -> Transition:
-    """An alert whose rule is gone ends as one that is over, so that people hear the end of it."""
-    if t.now is None and t.was is AlertState.FIRING:
-        alert = dataclasses.replace(t.alert, state=AlertState.RESOLVED, resolved_at_ms=t.at_ms)
-        return dataclasses.replace(t, alert=alert, now=AlertState.RESOLVED)
-    return t
+def _outage(settings: Settings) -> rules.Outage:
+    figures = settings.evaluation
+    return rules.Outage(tolerance_ms=figures.outage_tolerance, grace_ms=figures.for_grace_period)

@@ -53,11 +53,11 @@ class Labels(tuple[tuple[str, str], ...]):
 
     def without(self, *names: str) -> Self:
         """The same labels less these."""
-        return type(self)((k, v) for k, v in self if k not in names)
+        return tuple.__new__(type(self), [pair for pair in self if pair[0] not in names])
 
     def only(self, *names: str) -> Self:
         """These labels alone, as far as they are there."""
-        return type(self)((k, v) for k, v in self if k in names)
+        return tuple.__new__(type(self), [pair for pair in self if pair[0] in names])
 
     def merged(self, other: Mapping[str, str] | Iterable[tuple[str, str]]) -> Self:
         """These labels overridden by `other`; an empty value deletes."""
@@ -75,7 +75,7 @@ def _escaped(value: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One value of one series. `value` is never NaN but for the marker `STALE`."""
+    """One value of one series; `STALE` ends it. Any other NaN comes of a recording rule alone."""
 
     labels: Labels
     at_ms: int
@@ -124,9 +124,13 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """An alerting rule of a Prometheus rule file, as written; `rules.compile_groups` checks it."""
+    """A rule of a Prometheus rule file, as written: either `alert` or `record` names what it gives.
 
-    alert: str
+    `rules.compile_groups` checks it.
+    """
+
+    alert: str = ""
+    record: str = ""
     expr: str
     for_ms: int = 0
     keep_firing_for_ms: int = 0
@@ -139,12 +143,18 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuleGroup:
-    """A group of a rule file; its rules are evaluated in order every `interval_ms`."""
+    """A group of a rule file; its rules are evaluated in order every `interval_ms`.
+
+    `limit` is how many alerts or series a rule of it may give, 0 for any number. `query_offset_ms` is how
+    far before the time of evaluation its queries look, and its series are written.
+    """
 
     name: str
     interval_ms: int
     rules: tuple[Rule, ...]
     place: Place
+    limit: int = 0
+    query_offset_ms: int = 0
 
 
 class AlertState(enum.StrEnum):
@@ -159,7 +169,8 @@ class AlertState(enum.StrEnum):
 class Alert:
     """One active element of an alerting rule; identity is (`rule`, `labels`).
 
-    `labels` holds `alertname` and the rule's own labels, never `__name__`.
+    `labels` holds `alertname` and the rule's own labels, never `__name__`. `held_by` are the marks of the
+    rules of that name that find it, in the order they did; the mark of a rule that stands alone is empty.
     """
 
     rule: str
@@ -171,6 +182,7 @@ class Alert:
     fired_at_ms: int | None = None
     resolved_at_ms: int | None = None
     keep_firing_since_ms: int | None = None
+    held_by: tuple[str, ...] = ("",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,9 +5,9 @@ import contextlib
 import pytest
 from tests.world import HOUR, MINUTE, SECOND, SERVER, START_MS, World
 
-from gpuwatch import remediation
+from gpuwatch import remediation, rules
 from gpuwatch.promql import Matcher
-from gpuwatch.records import Mode, Phase, ServerPhase, is_stale
+from gpuwatch.records import Mode, Phase, Place, Rule, RuleGroup, ServerPhase, is_stale
 from gpuwatch.store import open_history
 
 
@@ -106,7 +106,7 @@ def test_successful_restarts_spend_the_budget_too(served):
         world.server.die()
         world.run_for(70 * SECOND)
     assert len(world.supervisor.restarts) == world.settings.remediation.budget.count
-    assert [r.code for r in world.store.refusals()] == ["budget_spent"]
+    assert why_not(world) == ["budget_spent"]
 
 
 def test_in_observe_mode_nothing_is_touched_and_once_it_is_told_what_would_be_done(served):
@@ -462,3 +462,131 @@ def test_a_pause_left_on_a_disk_that_is_just_back_counts_more_than_the_one_befor
     assert world.supervisor.restarts == []
     assert why_not(world) == ["paused_open"]
     world.check_all_was_saved()
+
+
+# ---- rules through restarts and reloads
+
+AT = Place(file="rules/slow.yaml", line=1)
+
+
+def slow_rules(*more, for_ms=40 * SECOND, record="server:down:max"):
+    """The server's death is recorded, and an alert waits for it."""
+    given = (
+        Rule(record=record, expr="max by (server) (server_down)", place=AT, expr_place=AT),
+        Rule(alert="DeadForLong", expr=f"{record} == 1", for_ms=for_ms, place=AT, expr_place=AT),
+        *more,
+    )
+    return rules.compile_groups([RuleGroup(name="slow", interval_ms=SECOND, rules=given, place=AT)])
+
+
+def states(world):
+    return {alert.rule: str(alert.state) for alert in world.store.active_alerts()}
+
+
+@pytest.fixture
+def dying(served):
+    """A world under slow rules whose server has been dead for 30 seconds; nobody restarts it."""
+    world = served(mode=Mode.OBSERVE, rule_groups=slow_rules())
+    world.server.die()
+    world.run_for(30 * SECOND)
+    assert states(world) == {"DeadForLong": "pending"}
+    return world
+
+
+def seconds_until_it_fires(world):
+    for second in range(1, 300):
+        world.tick()
+        if world.down_until_ms is None and states(world).get("DeadForLong") == "firing":
+            return second
+    raise AssertionError(states(world))
+
+
+def test_an_alert_that_waits_goes_on_waiting_after_a_restart_for_what_nobody_saw(dying):
+    dying.kill_daemon()
+    began_ms = dying.now_ms
+    seconds_until_it_fires(dying)
+    (alert,) = dying.store.active_alerts()
+    away_ms = dying.booted_at_ms - began_ms
+    assert away_ms >= SECOND
+    assert dying.now_ms - began_ms - away_ms >= 10 * SECOND
+    assert alert.fired_at_ms - alert.active_at_ms == 40 * SECOND
+    assert [m.state for m in dying.slack.received] == ["firing"]
+    dying.server.start()
+    dying.run_for(MINUTE)
+    dying.check_all_was_told()
+
+
+def test_an_alert_that_waited_before_an_outage_of_hours_begins_anew(dying):
+    dying.kill_daemon()
+    dying.jump(2 * HOUR)
+    assert seconds_until_it_fires(dying) >= 40
+
+
+def test_an_alert_that_fires_is_told_once_though_the_daemon_is_killed_again_and_again(served):
+    world = served(mode=Mode.OBSERVE, rule_groups=slow_rules(for_ms=0))
+    world.server.die()
+    world.run_for(10 * SECOND)
+    for _ in range(3):
+        world.kill_daemon()
+        world.run_for(40 * SECOND)
+    assert [m.state for m in world.slack.received if m.kind == "alert"] == ["firing"]
+    world.server.start()
+    world.run_for(MINUTE)
+    world.check_all_was_told()
+    world.check_all_was_saved()
+
+
+def test_a_reload_of_the_rules_takes_nothing_from_an_alert_that_waits(dying):
+    dying.reload(slow_rules(Rule(alert="New", expr="vector(1)", place=AT, expr_place=AT)))
+    assert seconds_until_it_fires(dying) <= 13
+    assert states(dying) == {"DeadForLong": "firing", "New": "firing"}
+
+
+def test_a_rule_that_a_reload_takes_away_leaves_neither_alert_nor_series(served):
+    world = served(mode=Mode.OBSERVE, rule_groups=slow_rules(for_ms=0))
+    world.server.die()
+    world.run_for(10 * SECOND)
+    assert seen_now(world, "server:down:max")
+    world.reload(())
+    world.run_for(3 * SECOND)
+    assert states(world) == {}
+    assert not seen_now(world, "server:down:max")
+    assert not seen_now(world, "ALERTS")
+    assert [m.state for m in world.slack.received] == ["firing", "resolved"]
+    world.check_all_was_told()
+
+
+def test_a_rule_that_is_gone_after_a_restart_leaves_no_series(served):
+    world = served(mode=Mode.OBSERVE, rule_groups=slow_rules(for_ms=0))
+    world.server.die()
+    world.run_for(10 * SECOND)
+    world.groups = slow_rules(for_ms=0, record="server:dead:max")
+    world.kill_daemon()
+    world.run_for(30 * SECOND)
+    assert seen_now(world, "server:dead:max")
+    assert not seen_now(world, "server:down:max")
+    assert states(world) == {"DeadForLong": "firing"}
+
+
+def test_a_rule_that_cannot_be_evaluated_is_counted_until_it_can_or_is_gone(served):
+    broken = Rule(record="broken", expr="max(up) * on () (up)", place=AT, expr_place=AT)
+    world = served(mode=Mode.OBSERVE, rule_groups=slow_rules(broken))
+
+    def failing():
+        (series,) = world.store.select(
+            [Matcher("__name__", "=", "gpuwatch_rules_failing")], world.now_ms - MINUTE, world.now_ms
+        )
+        return series.values[-1]
+
+    assert failing() == 1
+    world.reload(())
+    world.run_for(2 * SECOND)
+    assert failing() == 0
+
+
+def test_what_promql_remarks_on_a_rule_is_logged_once(served, caplog):
+    remarkable = Rule(record="speed", expr="rate(server_down[1m])", place=AT, expr_place=AT)
+    served(mode=Mode.OBSERVE, rule_groups=slow_rules(remarkable))
+    told = [message for message in caplog.messages if "might not be a counter" in message]
+    assert len(told) == 1
+    assert "slow/speed" in told[0]

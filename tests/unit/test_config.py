@@ -94,6 +94,13 @@ def test_what_is_no_yaml_is_told_with_line_and_column(tmp_path):
         load(tmp_path, "a: [1\nb: 2\n")
 
 
+def test_what_is_nested_without_end_is_refused_and_breaks_nothing(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"gpuwatch.yaml:1:\d+: is no YAML: it is nested deeper than 32 levels"
+    ):
+        load(tmp_path, "servers: " + "[" * 100_000)
+
+
 def test_a_missing_file_is_told_by_name(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read: No such file"):
         config.load_settings(tmp_path / "none.yaml")

@@ -156,8 +156,8 @@ def test_only_down_counts_as_down_in_samples():
         assert len(phases) == len(ServerPhase)
 
 
-def test_start_seconds_are_there_only_while_it_starts():
-    assert [s.value for s in samples(after((10, up(4), FAILING))) if "start" in s.labels.metric] == [6.0]
+def test_when_a_start_began_is_told_only_while_it_lasts():
+    assert [s.value for s in samples(after((10, up(4), FAILING))) if "start" in s.labels.metric] == [4.0]
     assert not [s for s in samples(after(HEALTHY)) if "start" in s.labels.metric]
 
 

@@ -55,6 +55,18 @@ def dotted(path: PathKey) -> str:
     return f"{text.lstrip('.')}: " if text else ""
 
 
+def refuse_depth(text: str) -> None:
+    """YAMLError if a file's first document is nested so deep that composing it could exhaust the C stack."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_LOADER):
+        if isinstance(event, yaml.DocumentEndEvent):
+            return
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            what = f"it is nested deeper than {_MAX_DEPTH} levels"
+            raise yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark)  # type: ignore[arg-type]
+
+
 def load_document(path: Path) -> Document:
     """Read a YAML file; ConfigError if it cannot be read or is no YAML at all."""
     try:
@@ -64,7 +76,9 @@ def load_document(path: Path) -> Document:
     if len(raw) > _MAX_BYTES:
         raise ConfigError([f"{path}: {len(raw)} bytes are more than any configuration needs"])
     try:
-        root = yaml.compose(raw.decode("utf-8"), Loader=_LOADER)
+        text = raw.decode("utf-8")
+        refuse_depth(text)
+        root = yaml.compose(text, Loader=_LOADER)
     except UnicodeDecodeError as error:
         raise ConfigError([f"{path}: is not UTF-8: {error.reason} at byte {error.start}"]) from error
     except yaml.YAMLError as error:
@@ -84,9 +98,6 @@ def _syntax_text(path: Path, error: yaml.YAMLError) -> str:
 def _plain(node: yaml.Node, path: PathKey, document: Document) -> Any:  # noqa: ANN401 (a YAML value is anything)
     mark = node.start_mark
     document.places[path] = Place(file=document.file, line=mark.line + 1, column=mark.column + 1)
-    if len(path) > _MAX_DEPTH:
-        document.mistake(path, "is nested too deep")
-        return None
     if isinstance(node, yaml.MappingNode):
         return _plain_mapping(node, path, document)
     if isinstance(node, yaml.SequenceNode):

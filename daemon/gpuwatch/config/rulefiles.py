@@ -1,8 +1,7 @@
 """Decodes Prometheus rule files strictly, each thing with its place; parses no expression.
 
-Alerting rules only; recording rules, `limit`, `query_offset` and `partial_response_strategy` are
-refused with the reason. The default interval is 1s, gpuwatch's own tick, where a Prometheus server
-has 1m.
+What a Prometheus 3 server loads is loaded, and `kind: PrometheusRule` too, of which only `spec` counts.
+The default interval is 1s, gpuwatch's own tick, where a Prometheus server has 1m.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import yaml
 
-from gpuwatch.config.duration import Duration
+from gpuwatch.config.nodes import Keys, NodeReader, is_null
 from gpuwatch.errors import ConfigError
 from gpuwatch.records import Place, Rule, RuleGroup
 
@@ -22,16 +21,15 @@ if TYPE_CHECKING:
 
 DEFAULT_INTERVAL_MS: Final = 1000
 
-_LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_LABEL_NAME: Final = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
-_GROUP_KEYS: Final = frozenset({"name", "interval", "labels", "rules"})
-_RULE_KEYS: Final = frozenset({"alert", "expr", "for", "keep_firing_for", "labels", "annotations"})
-_LATER: Final = {
-    "record": "recording rules are not supported yet: write their expression into the alerts that use them",
-    "limit": "is not supported yet: leave it out",
-    "query_offset": "is not supported yet: leave it out",
-    "partial_response_strategy": "is Thanos' own: leave it out",
-}
+_LONGEST_MS: Final = 2**63 // 10**6  # a server counts nanoseconds in 64 bits
+_KIND: Final = "PrometheusRule"
+_FILE_KEYS: Final = frozenset({"groups"})
+_GROUP_KEYS: Final = frozenset({"name", "interval", "query_offset", "limit", "labels", "rules"})
+_RULE_KEYS: Final = frozenset({"record", "alert", "expr", "for", "keep_firing_for", "labels", "annotations"})
+_THANOS_KEYS: Final = frozenset(
+    {"partial_response_strategy"}
+)  # of a PrometheusRule's group; says nothing to us
+_INTEGER: Final = re.compile(r"[-+]?\d+")
 
 
 def load_rules(paths: Iterable[Path]) -> tuple[RuleGroup, ...]:
@@ -39,82 +37,52 @@ def load_rules(paths: Iterable[Path]) -> tuple[RuleGroup, ...]:
     groups: list[RuleGroup] = []
     mistakes: list[str] = []
     for path in paths:
-        reader = _Reader(str(path))
-        groups += reader.groups(path)
+        reader = _Reader(path)
+        try:
+            groups += reader.groups()
+        except RecursionError:
+            mistakes.append(f"{path}: has a part that holds itself")
         mistakes += reader.mistakes
     if mistakes:
         raise ConfigError(mistakes)
     return tuple(groups)
 
 
-class _Reader:
-    """Reads one file and gathers its mistakes; what is wrong is noted and left out."""
+class _Reader(NodeReader):
+    """Reads one rule file; only its first document counts."""
 
-    def __init__(self, file: str) -> None:
-        self.mistakes: list[str] = []
-        self._file = file
-        self._lines: list[str] = []
+    _group_keys = _GROUP_KEYS
 
-    def groups(self, path: Path) -> list[RuleGroup]:
-        try:
-            text = path.read_text(encoding="utf-8")
-            self._lines = text.split("\n")
-            root = yaml.compose(text, Loader=_LOADER)
-        except OSError as error:
-            self.mistakes.append(f"{path}: cannot be read: {error.strerror}")
-            return []
-        except UnicodeDecodeError as error:
-            self.mistakes.append(f"{path}: is not UTF-8: {error.reason} at byte {error.start}")
-            return []
-        except yaml.YAMLError as error:
-            self.mistakes.append(self._syntax(error))
-            return []
-        if root is None:
-            return []
-        nodes = self._sequence(self._mapping(root, frozenset({"groups"}), "the file").get("groups"), "groups")
+    def groups(self) -> list[RuleGroup]:
+        """The groups that can be read."""
+        root = self.root()
+        keys = self._unwrapped(root) if _is_resource(root) else self.mapping(root, _FILE_KEYS, "the file")
+        nodes = self.sequence(keys.get("groups"), "groups")
         groups = [group for node in nodes if (group := self._group(node))]
         self._check_names(groups)
         return groups
 
-    # ---- groups and rules
+    def _unwrapped(self, root: yaml.Node | None) -> Keys:
+        """What a Kubernetes object of this kind holds of a rule file; its metadata is its own affair."""
+        self._group_keys = _GROUP_KEYS | _THANOS_KEYS
+        return self.mapping(self.mapping(root, None, "the file").get("spec"), _FILE_KEYS, "spec")
 
     def _group(self, node: yaml.Node) -> RuleGroup | None:
-        keys = self._mapping(node, _GROUP_KEYS, "a group")
-        name = self._text(keys.get("name"), "name")
+        keys = self.mapping(node, self._group_keys, "a group")
+        name = self.text(keys.get("name"), "name")
         if not name:
-            self._mistake(node, "this group has no name")
+            self.mistake(node, "this group has no name")
             return None
-        labels = self._texts(keys.get("labels"), "labels")
-        nodes = self._sequence(keys.get("rules"), "rules")
-        rules = [rule for rule_node in nodes if (rule := self._rule(rule_node, labels))]
+        labels, places = self._labels(keys, "labels"), self._text_places(keys)
+        nodes = self.sequence(keys.get("rules"), "rules")
+        rules = [rule for rule_node in nodes if (rule := self._rule(rule_node, labels, places))]
         return RuleGroup(
             name=name,
-            interval_ms=self._duration(keys.get("interval"), "interval") or DEFAULT_INTERVAL_MS,
+            interval_ms=self._duration(keys, "interval") or DEFAULT_INTERVAL_MS,
             rules=tuple(rules),
-            place=self._place(node),
-        )
-
-    def _rule(self, node: yaml.Node, group_labels: dict[str, str]) -> Rule | None:
-        keys = self._mapping(node, _RULE_KEYS, "a rule")
-        alert = self._text(keys.get("alert"), "alert")
-        expr = keys.get("expr")
-        if not alert and "record" not in keys:
-            self._mistake(node, "this rule has no alert name")
-        if expr is None:
-            self._mistake(node, f"alert {alert!r} has no expr")
-        text = self._text(expr, "expr")
-        if not alert or not isinstance(expr, yaml.ScalarNode) or not text.strip():
-            return None
-        return Rule(
-            alert=alert,
-            expr=text,
-            for_ms=self._duration(keys.get("for"), "for"),
-            keep_firing_for_ms=self._duration(keys.get("keep_firing_for"), "keep_firing_for"),
-            labels={**group_labels, **self._texts(keys.get("labels"), "labels")},
-            annotations=self._texts(keys.get("annotations"), "annotations"),
-            place=self._place(node),
-            expr_place=self._text_place(expr),
-            text_places=self._text_places(keys),
+            place=self.place(node),
+            limit=self._limit(keys.get("limit")),
+            query_offset_ms=self._duration(keys, "query_offset"),
         )
 
     def _check_names(self, groups: list[RuleGroup]) -> None:
@@ -127,100 +95,89 @@ class _Reader:
                     "the names of a file's groups must differ"
                 )
 
-    # ---- YAML
+    # ---- rules
 
-    def _mapping(self, node: yaml.Node, allowed: frozenset[str] | None, what: str) -> dict[str, yaml.Node]:
-        if not isinstance(node, yaml.MappingNode):
-            self._mistake(node, f"{what} must be a mapping of keys to values")
-            return {}
-        found: dict[str, yaml.Node] = {}
-        for key_node, value in node.value:
-            key = str(key_node.value)
-            if key in found:
-                self._mistake(key_node, f"{key!r} is given twice")
-            if allowed is not None and key not in allowed:
-                why = _LATER.get(key, f"is unknown in {what}; known are {', '.join(sorted(allowed))}")
-                self._mistake(key_node, f"{key!r}: {why}")
-            found[key] = value
-        return found
+    def _rule(
+        self, node: yaml.Node, group_labels: dict[str, str], group_places: dict[str, Place]
+    ) -> Rule | None:
+        keys = self.mapping(node, _RULE_KEYS, "a rule")
+        rule = Rule(
+            alert=self.text(keys.get("alert"), "alert"),
+            record=self.text(keys.get("record"), "record"),
+            expr=self.text(keys.get("expr"), "expr"),
+            for_ms=self._duration(keys, "for"),
+            keep_firing_for_ms=self._duration(keys, "keep_firing_for"),
+            labels=group_labels | self._labels(keys, "labels"),
+            annotations=self._labels(keys, "annotations"),
+            place=self.place(node),
+            expr_place=self.text_place(keys.get("expr", node)),
+            text_places=group_places | self._text_places(keys),
+        )
+        known = len(self.mistakes)
+        self._check_rule(node, keys, rule)
+        return rule if len(self.mistakes) == known else None
 
-    def _sequence(self, node: yaml.Node | None, what: str) -> list[yaml.Node]:
-        if node is None or _is_null(node):
-            return []
-        if not isinstance(node, yaml.SequenceNode):
-            self._mistake(node, f"{what} must be a list")
-            return []
-        return list(node.value)
+    def _check_rule(self, node: yaml.Node, keys: Keys, rule: Rule) -> None:
+        if not rule.alert and not rule.record:
+            self.mistake(node, "this rule has no name: give it alert or record")
+        if rule.alert and rule.record:
+            self.mistake(node, f"this rule is alert {rule.alert!r} and record {rule.record!r}: it can be one")
+        if not rule.expr.strip():
+            self.mistake(node, f"rule {rule.alert or rule.record!r} has no expr")
+        if rule.record:
+            self._check_recording(keys, rule)
 
-    def _texts(self, node: yaml.Node | None, what: str) -> dict[str, str]:
-        if node is None or _is_null(node):
-            return {}
-        texts: dict[str, str] = {}
-        for name, value in self._mapping(node, None, what).items():
-            if not _LABEL_NAME.fullmatch(name) or name == "__name__":
-                self._mistake(value, f"{what}: {name!r} is no label name")
-            texts[name] = self._text(value, f"{what}.{name}")
+    def _check_recording(self, keys: Keys, rule: Rule) -> None:
+        if "{" in rule.record or "}" in rule.record:
+            what = "is no name of a series: labels go into labels, an expression into expr"
+            self.mistake(keys["record"], f"record: {rule.record!r} {what}")
+        given = {
+            "for": rule.for_ms,
+            "keep_firing_for": rule.keep_firing_for_ms,
+            "annotations": rule.annotations,
+        }
+        for key, value in given.items():
+            if value:
+                self.mistake(keys[key], f"{key}: is for alerts; record {rule.record!r} has no use for it")
+
+    # ---- values
+
+    def _labels(self, keys: Keys, what: str) -> dict[str, str]:
+        node = keys.get(what)
+        texts = self.texts(node, what)
+        for name in texts:
+            if node is not None and (not name or (name == "__name__" and what == "labels")):
+                self.mistake(node, f"{what}: {name!r} is no label name")
         return texts
 
-    def _text(self, node: yaml.Node | None, what: str) -> str:
-        if node is None:
-            return ""
-        if not isinstance(node, yaml.ScalarNode) or _is_null(node):
-            self._mistake(node, f"{what} must be a text")
-            return ""
-        return str(node.value)
+    def _duration(self, keys: Keys, what: str) -> int:
+        node = keys.get(what)
+        duration_ms = self.duration_ms(node, what)
+        if node is not None and duration_ms > _LONGEST_MS:
+            self.mistake(node, f"{what}: is longer than the 292 years that a server can count")
+        return duration_ms
 
-    def _duration(self, node: yaml.Node | None, what: str) -> int:
-        if node is None:
+    def _limit(self, node: yaml.Node | None) -> int:
+        """A number of alerts or series; 0 and less set no limit."""
+        if node is None or is_null(node):
             return 0
-        text = self._text(node, what)
-        try:
-            return Duration.parse(text)
-        except ValueError as error:
-            self._mistake(node, f"{what}: {error}")
+        text = self.text(node, "limit")
+        if getattr(node, "style", None) or not _INTEGER.fullmatch(text):
+            self.mistake(node, f"limit must be a whole number, not {text!r}")
             return 0
+        return max(0, int(text))
 
-    # ---- places
-
-    def _place(self, node: yaml.Node) -> Place:
-        mark = node.start_mark
-        return Place(file=self._file, line=mark.line + 1, column=mark.column + 1)
-
-    def _mistake(self, node: yaml.Node, what: str) -> None:
-        self.mistakes.append(f"{self._place(node)}: {what}")
-
-    def _syntax(self, error: yaml.YAMLError) -> str:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{self._file}:{mark.line + 1}:{mark.column + 1}" if mark else self._file
-        return f"{where}: is no YAML: {getattr(error, 'problem', None) or error}"
-
-    def _text_places(self, keys: dict[str, yaml.Node]) -> dict[str, Place]:
+    def _text_places(self, keys: Keys) -> dict[str, Place]:
         places: dict[str, Place] = {}
         for kind in ("labels", "annotations"):
             node = keys.get(kind)
             if isinstance(node, yaml.MappingNode):
-                places |= {f"{kind}.{key.value}": self._text_place(value) for key, value in node.value}
+                places |= {f"{kind}.{key.value}": self.text_place(value) for key, value in node.value}
         return places
 
-    def _text_place(self, node: yaml.Node) -> Place:
-        """Where a scalar's text begins: after its quote, or on the first line of its block."""
-        mark = node.start_mark
-        style = getattr(node, "style", None)
-        if style in {"'", '"'}:
-            return Place(file=self._file, line=mark.line + 1, column=mark.column + 2)
-        if style not in {"|", ">"}:
-            return self._place(node)
-        block = self._lines[mark.line + 1 :]
-        lead = next((i for i, line in enumerate(block) if line.strip()), 0)
-        indent = len(block[lead]) - len(block[lead].lstrip()) if block else 0
-        # The text begins with the empty lines above the first written one; those have no column.
-        first = mark.line + 2 + (lead if style == ">" else 0)
-        return Place(file=self._file, line=first, column=indent + 1)
 
-
-def _is_null(node: yaml.Node) -> bool:
-    return (
-        isinstance(node, yaml.ScalarNode)
-        and not node.style
-        and node.value in {"", "~", "null", "Null", "NULL"}
+def _is_resource(root: yaml.Node | None) -> bool:
+    """Whether a file is an object for Kubernetes that wraps a rule file."""
+    return isinstance(root, yaml.MappingNode) and any(
+        key.value == "kind" and value.value == _KIND for key, value in root.value
     )

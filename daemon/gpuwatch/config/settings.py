@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _LEAST_RETENTION_MS: Final = 2 * 3_600_000
 _LEAST_SIZE_BYTES: Final = 64 * 2**20
+_ALIASES: Final = ("dcgm",)
 _PLACEHOLDERS: Final[dict[str, object]] = {"command": ["placeholder"], "match": {}}
 
 
@@ -39,6 +40,13 @@ class SourceSettings(_Struct, frozen=True, kw_only=True):
     metrics_interval: Duration = Duration(2000)
     """vLLM renders a 46 KB page each time."""
     health_interval: Duration = Duration(1000)
+
+
+class MetricsSettings(_Struct, frozen=True, kw_only=True):
+    """Names that readings are stored under."""
+
+    aliases: list[str] = []
+    """Besides gpuwatch's own. dcgm: names, units and labels of dcgm-exporter up to 4.8, for its rules."""
 
 
 class ProcessSettings(_Struct, frozen=True, kw_only=True):
@@ -162,6 +170,18 @@ class RemoteWriteSettings(_Struct, frozen=True, kw_only=True):
     timeout: Duration = Duration(10_000)
 
 
+class EvaluationSettings(_Struct, frozen=True, kw_only=True):
+    """What becomes of alerts that wait for their `for` while gpuwatch, or the host, is down.
+
+    The defaults are a Prometheus server's.
+    """
+
+    outage_tolerance: Duration = Duration(3_600_000)
+    """After a longer outage pending alerts begin anew; after a shorter one they wait that much longer."""
+    for_grace_period: Duration = Duration(600_000)
+    """An alert whose `for` is this long or longer fires no sooner than this after an outage."""
+
+
 class StoreSettings(_Struct, frozen=True, kw_only=True):
     """How long what is kept, and how much room it may take."""
 
@@ -193,8 +213,10 @@ class Settings(_Struct, frozen=True, kw_only=True):
     """Rule files or folders of them; default: the rules that gpuwatch ships."""
     lang: str = "en"
     """Language of the command line: en or zh."""
+    evaluation: EvaluationSettings = EvaluationSettings()
     store: StoreSettings = StoreSettings()
     sources: SourceSettings = SourceSettings()
+    metrics: MetricsSettings = MetricsSettings()
     servers: list[ServerSettings] = []
     remediation: RemediationSettings = RemediationSettings()
     policies: list[Policy] = msgspec.field(default_factory=lambda: list(DEFAULT_POLICIES))
@@ -342,6 +364,11 @@ def _troubles(settings: Settings) -> list[_Trouble]:
     """What types cannot say."""
     found = [*_name_troubles(settings), *_server_troubles(settings), *_receiver_troubles(settings)]
     found += _store_troubles(settings.store)
+    found += [
+        _Trouble(("metrics", "aliases", i), f"unknown names {alias!r}; known: {', '.join(_ALIASES)}")
+        for i, alias in enumerate(settings.metrics.aliases)
+        if alias not in _ALIASES
+    ]
     for i, policy in enumerate(settings.policies):
         found += [
             _Trouble(("policies", i, "steps"), f"unknown step {step!r}; known: restart")

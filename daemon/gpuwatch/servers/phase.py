@@ -83,7 +83,7 @@ def judge(
 
 
 def samples(state: ServerState) -> list[Sample]:
-    """`server_down`, `server_phase` for every phase, and `server_start_seconds` while it starts."""
+    """`server_down`, `server_phase` for every phase, and `server_start_time_seconds` while it starts."""
     at_ms = state.seen_at_ms
     down = float(state.phase is ServerPhase.DOWN)
     made = [Sample(Labels.of("server_down", server=state.name), at_ms, down)]
@@ -92,8 +92,8 @@ def samples(state: ServerState) -> list[Sample]:
         for phase in ServerPhase
     ]
     if state.starting_since_ms is not None:
-        seconds = (at_ms - state.starting_since_ms) / 1000
-        made.append(Sample(Labels.of("server_start_seconds", server=state.name), at_ms, seconds))
+        began_s = state.starting_since_ms / 1000
+        made.append(Sample(Labels.of("server_start_time_seconds", server=state.name), at_ms, began_s))
     return made
 
 
