@@ -40,6 +40,8 @@ def test_the_example_settings_load_and_show_every_default():
         config.SourceSettings,
         config.ServerSettings,
         config.StoreSettings,
+        config.MetricsSettings,
+        config.EvaluationSettings,
     ):
         for name in struct.__struct_fields__:
             assert re.search(rf"\b{name}:", text), f"{struct.__name__}.{name} is not in the example"

@@ -7,11 +7,11 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.promtool import Memory
 
 from gpuwatch import promql
+from gpuwatch.cli.memory import Memory
 from gpuwatch.errors import QueryError
-from gpuwatch.promql import dates, signatures
+from gpuwatch.promql import dates, selection, signatures
 from gpuwatch.promql.ast import Aggregation, Binary, Edge, Unary, ValueType
 from gpuwatch.records import STALE, Labels
 
@@ -116,6 +116,10 @@ def test_keywords_may_be_metrics_and_labels():
         ("'open", 0, "does not end"),
         ("a * on (x) group_left (x) b", 2, "ON and GROUP"),
         ("a b", 2, "expected an operator or the end"),
+        ("1e309", 0, "value out of range"),
+        ("0x" + "f" * 99, 0, "value out of range"),
+        ("a[" + "9" * 5000 + "s]", 2, "duration out of range"),
+        ("a offset " + "9" * 5000, 9, "value out of range"),
     ],
 )
 def test_a_mistake_is_told_with_its_position(query, position, words):
@@ -223,6 +227,12 @@ def test_every_function_that_is_parsed_is_evaluated(name):
         ("=~", "a|b", "b", True),
         ("=~", "(?i)A.c", "a\nc", True),  # a dot takes a newline too
         ("!~", "a.*", "ba", True),
+        ("=~", "46|48|", "48", True),
+        ("=~", "46|48|", "", True),
+        ("=~", "46|48", "4", False),
+        ("=~", ".*", "", True),
+        ("=~", ".+", "", False),
+        ("=~", "a.c|d", "abc", True),
     ],
 )
 def test_matchers_match_the_whole_value(op, value, text, matches):
@@ -282,6 +292,22 @@ def test_a_line_is_followed_into_the_future():
 
 def test_averages_withstand_what_overflows():
     assert ask("avg_over_time(a[5m])", memory(a=[1e308, 1e308]), MINUTE) == {'{gpu="0"}': 1e308}
+
+
+@pytest.mark.parametrize(
+    ("query", "value"),
+    [
+        ("ceil(vector(-0.5))", -0.0),
+        ("floor(vector(-0.0))", -0.0),
+        ("clamp_min(vector(-0.0), 0)", 0.0),
+        ("clamp_max(vector(0), -0.0)", -0.0),
+        ("clamp_max(vector(0), 0)", 0.0),
+    ],
+)
+def test_zeros_keep_their_sign_as_in_go(query, value):
+    (result,) = ask(query).values()
+    assert math.copysign(1, result) == math.copysign(1, value)
+    assert result == 0
 
 
 def test_absent_speaks_with_the_labels_that_were_asked_for():
@@ -347,6 +373,14 @@ def test_and_or_unless_look_at_labels_only():
 
 def test_topk_keeps_elements_whole():
     assert ask("topk(1, used)", two_gpus()) == {'used{gpu="1",uuid="u1"}': 3}
+
+
+WORDS = st.text(alphabet="ab|0-:/ ", max_size=12)
+
+
+@given(WORDS, st.text(alphabet="ab|0-:/ ", max_size=4))
+def test_words_to_choose_from_match_as_the_regex_does(pattern, text):
+    assert selection.test_of(pattern)(text) == (selection.regex(pattern).fullmatch(text) is not None)
 
 
 # ---- other times
@@ -499,8 +533,9 @@ def test_buckets_that_fall_are_repaired_and_that_is_told_once_for_all_steps():
     answer = promql.evaluate_range(expr, made, 0, 2 * MINUTE, MINUTE)
     assert list(answer.value[0].values) == [1, 1, 1]
     (info,) = answer.infos
-    assert info.endswith(
-        "from buckets 2 to 2, with a max diff of 2, over 3 samples "
+    assert info.endswith('#histogram_quantile) for metric name "h_bucket"')
+    assert info.detail == (
+        ", from buckets 2 to 2, with a max diff of 2, over 3 samples "
         "from 1970-01-01T00:00:00Z to 1970-01-01T00:02:00Z"
     )
 

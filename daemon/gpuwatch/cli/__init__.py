@@ -21,6 +21,8 @@ from gpuwatch.cli.options import (
     state_option,
     wish,
 )
+from gpuwatch.cli.query import query
+from gpuwatch.cli.rules import rules
 from gpuwatch.errors import ConfigError, GpuwatchError
 
 
@@ -186,6 +188,8 @@ def _word_command(word: str, verb: str, text: str) -> None:
 
 
 main.add_command(db)
+main.add_command(query)
+main.add_command(rules)
 _word_command("approved", "approve", "Let a remediation that waits for approval go on.")
 _word_command("denied", "deny", "Refuse a remediation that waits for approval.")
 _word_command("abort", "abort", "Stop a remediation at once; the server is left as it is.")

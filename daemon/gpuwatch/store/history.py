@@ -1,6 +1,7 @@
 """Reads samples of any age out of metrics.db, frames and rows alike, as arrays, for the commands.
 
-It loads numpy. Memory is bounded: one frame at a time, and no more samples than the caller allows.
+It loads numpy. Memory is bounded: one frame at a time, and no more samples than the caller allows, which
+is seen before any is read.
 Samples come in time order. Of two scrapes of one target and instant the later written counts, whole; where
 two targets give one series at one instant, one of both does.
 """
@@ -20,6 +21,7 @@ from gpuwatch.promql import Matcher, Series
 from gpuwatch.store import seams
 from gpuwatch.store.codec import labels_of
 from gpuwatch.store.latest import latest
+from gpuwatch.store.metrics import NEWEST_MS
 from gpuwatch.store.seek import row_ids
 
 if TYPE_CHECKING:
@@ -43,6 +45,12 @@ _ROWS: Final = (
     "SELECT hot.id, hot.layout, hot.at_ms, hot.vals FROM hot JOIN target ON target.id = hot.target"
     " WHERE hot.id >= ? AND hot.id < ? AND hot.at_ms > ? AND hot.at_ms <= ? AND hot.layout IN ({})"
     " AND hot.id > target.sealed_id ORDER BY hot.id"
+)
+_FRAME_ROWS: Final = "SELECT layout, sum(n) FROM frame WHERE from_ms > ? AND to_ms <= ? GROUP BY layout"
+_ROW_COUNTS: Final = (
+    "SELECT hot.layout, count(*) FROM hot JOIN target ON target.id = hot.target"
+    " WHERE hot.id >= ? AND hot.id < ? AND hot.at_ms > ? AND hot.at_ms <= ?"
+    " AND hot.id > target.sealed_id GROUP BY hot.layout"
 )
 # From hour to hour by the key: the hours that there are, without reading each hour's thousand series.
 _HOURS_BETWEEN: Final = (
@@ -90,6 +98,10 @@ class _Wanted:
     after_ms: int
     upto_ms: int
 
+    def cells(self, rows: Iterable[tuple[int, int]]) -> int:
+        """How many cells so many rows of each of these layouts hold of the chosen series."""
+        return sum(len(self.columns.get(layout, ())) * count for layout, count in rows)
+
 
 class History:
     """Samples by matchers and time. Every method is a snapshot of its own."""
@@ -109,10 +121,24 @@ class History:
             ).one()
         return None if first is None else (first, last)
 
+    def newest_ms(self) -> int | None:
+        """The instant of the scrape that was written last; None if there is none."""
+        with self._database.reading("find the newest scrape") as connection:
+            found: int | None = connection.exec_driver_sql(NEWEST_MS).scalar_one_or_none()
+            if found is None:
+                found = connection.exec_driver_sql("SELECT max(to_ms) FROM frame").scalar_one()
+        return found
+
+    def series(self, matchers: Sequence[Matcher] = ()) -> list[Labels]:
+        """The labels of every series that all matchers accept, also of those whose samples are deleted."""
+        with self._database.reading("list the series") as connection:
+            return list(_series(connection, matchers).values())
+
     def tracks(self, matchers: Sequence[Matcher], after_ms: int, upto_ms: int) -> list[Track]:
         """Every series that all matchers accept, with its samples in (after_ms, upto_ms], if it has any.
 
-        StoreError if they are more than the limit. A damaged column is left out and told in `damaged`.
+        StoreError if they are more than the limit, gaps counted too where whole frames tell that nothing
+        need be read. A damaged column is left out and told in `damaged`.
         """
         pieces: dict[int, list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]] = {}
         count = 0
@@ -120,11 +146,7 @@ class History:
             wanted = _wanted(connection, matchers, after_ms, upto_ms)
             for one, at_ms, values in self._pieces(connection, wanted):
                 count += len(at_ms)
-                if count > self._max_samples:
-                    raise StoreError(
-                        f"more than {self._max_samples} samples are asked for; to cure it,"
-                        " name fewer series or a shorter time, or read the hourly figures"
-                    )
+                self._allow(count)
                 if len(at_ms):
                     pieces.setdefault(one, []).append((at_ms, values))
         return [Track(wanted.labels[one], *_in_order(found)) for one, found in pieces.items()]
@@ -135,11 +157,14 @@ class History:
         return [_in_steps(track, after_ms, step_ms) for track in self.tracks(matchers, after_ms, upto_ms)]
 
     def select(self, matchers: Sequence[Matcher], after_ms: int, upto_ms: int) -> list[Series]:
-        """As `tracks`, as plain lists: a `promql.Querier`."""
-        return [
-            Series(t.labels, t.at_ms.tolist(), t.values.tolist())
-            for t in self.tracks(matchers, after_ms, upto_ms)
-        ]
+        """As `tracks`, as plain lists: a `promql.Querier`. Series of the same instants share their list."""
+        shared: dict[bytes, list[int]] = {}
+        found = []
+        for track in self.tracks(matchers, after_ms, upto_ms):
+            key = track.at_ms.tobytes()
+            at_ms = shared[key] if key in shared else shared.setdefault(key, track.at_ms.tolist())
+            found.append(Series(track.labels, at_ms, track.values.tolist()))
+        return found
 
     def hours(self, matchers: Sequence[Matcher], after_ms: int, upto_ms: int) -> list[Hour]:
         """The hourly figures of full hours that began in (after_ms, upto_ms], in time order."""
@@ -165,6 +190,7 @@ class History:
         # single pages here and there, since the kernel would read far ahead for each.
         connection.exec_driver_sql("PRAGMA mmap_size = 1073741824")
         ids = list(row_ids(connection, wanted.after_ms, wanted.upto_ms))
+        self._foresee(connection, wanted, ids)
         unsealed = seams.rows(connection, ids, wanted.after_ms, wanted.upto_ms)
         written = seams.frames(connection, wanted.after_ms, wanted.upto_ms)
         overlaps = seams.overlaps(written, unsealed)
@@ -179,6 +205,26 @@ class History:
             later += [self._instants(connection, other) for other in overlaps[one.number]]
             yield from _without(pieces, np.concatenate(later))
         yield from self._of_rows(connection, wanted, ids, unsealed.replaced)
+
+    def _foresee(self, connection: Connection, wanted: _Wanted, ids: Sequence[tuple[int, int]]) -> None:
+        """Refuse too many samples by the counts of the frames that lie within the time, and of the rows."""
+        whole = connection.exec_driver_sql(_FRAME_ROWS, (wanted.after_ms, wanted.upto_ms))
+        cells = wanted.cells((layout, rows) for layout, rows in whole)
+        self._allow(cells)
+        widest = max(map(len, wanted.columns.values()), default=0)
+        if cells + widest * sum(end - first for first, end in ids) <= self._max_samples:
+            return  # so that the rows need not be counted
+        for bounds in ids:
+            rows = connection.exec_driver_sql(_ROW_COUNTS, (*bounds, wanted.after_ms, wanted.upto_ms))
+            cells += wanted.cells((layout, count) for layout, count in rows)
+        self._allow(cells)
+
+    def _allow(self, count: int) -> None:
+        if count > self._max_samples:
+            raise StoreError(
+                f"more than {self._max_samples} samples are asked for; to cure it,"
+                " name fewer series or a shorter time, or read the hourly figures"
+            )
 
     def _instants(self, connection: Connection, one: Stored) -> npt.NDArray[np.int64]:
         try:
