@@ -24,19 +24,21 @@ _MINUTE_MS: Final = 60_000
 class Remark(str):
     """A warning or an info in Prometheus' words, less its place: `position` counts characters from 0."""
 
-    __slots__ = ("position",)
+    __slots__ = ("detail", "position")
+    detail: str
     position: int
 
-    def __new__(cls, text: str, position: int) -> Self:
-        """A text about what stands at a position of the expression."""
+    def __new__(cls, text: str, position: int, detail: str = "") -> Self:
+        """A text about what stands at a position of the expression; `detail` is told with the place."""
         remark = super().__new__(cls, text)
         remark.position = position
+        remark.detail = detail
         return remark
 
     def located(self, expression: str) -> str:
-        """The text with `(line:column)` at its end, as Prometheus shows it."""
-        before = expression[: self.position]
-        return f"{self} ({before.count(chr(10)) + 1}:{self.position - (before.rfind(chr(10)) + 1) + 1})"
+        """The text with all figures, and `(line:column)` at its end, as a Prometheus server shows it."""
+        lines = expression[: self.position].split("\n")
+        return f"{self}{self.detail} ({len(lines)}:{len(lines[-1]) + 1})"
 
 
 class Answer(NamedTuple):
@@ -75,9 +77,9 @@ class Remarks:
         """Note what makes the result doubtful."""
         self._warnings.setdefault(what, Remark(f"PromQL warning: {what}", position))
 
-    def inform(self, what: str, position: int) -> None:
+    def inform(self, what: str, position: int, detail: str = "") -> None:
         """Note what may be meant otherwise."""
-        self._infos.setdefault(what, Remark(f"PromQL info: {what}", position))
+        self._infos.setdefault(what, Remark(f"PromQL info: {what}", position, detail))
 
     def repaired(self, metric: str, position: int, at_ms: int, repair: Repair) -> None:
         """Note that a histogram's buckets had to be made to grow; one remark tells all of a metric's."""
@@ -87,7 +89,7 @@ class Remarks:
     def answer(self, value: AnswerValue) -> Answer:
         """The value with all that was remarked."""
         for about, repairs in self._repairs.items():
-            self.inform(_REPAIRED + about + str(repairs), repairs.position)
+            self.inform(_REPAIRED + about, repairs.position, str(repairs))
         return Answer(value, tuple(self._warnings.values()), tuple(self._infos.values()))
 
 

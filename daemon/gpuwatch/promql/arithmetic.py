@@ -71,7 +71,7 @@ def rounded(value: float, step: float) -> float:
 
 
 def total(values: Iterable[float]) -> float:
-    """A sum with Neumaier's compensation, as Prometheus sums."""
+    """A sum with Neumaier's compensation, as Prometheus sums: neither `sum` nor `fsum` comes to the same."""
     result = lost = 0.0
     for value in values:
         grown = result + value

@@ -17,7 +17,7 @@ from gpuwatch.promql.ast import (
     VectorSelector,
     walk,
 )
-from gpuwatch.promql.selection import Matcher, regex
+from gpuwatch.promql.selection import Matcher, test_of
 from gpuwatch.promql.signatures import EXPERIMENTAL, FUNCTIONS
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def check_selector(selector: VectorSelector) -> None:
     for matcher in selector.matchers:
         if matcher.op in {"=~", "!~"}:
             try:
-                regex(matcher.value)
+                test_of(matcher.value)
             except QueryError as error:
                 raise QueryError(error.what, selector.position) from error
     if all(matcher.matches("") for matcher in selector.matchers):

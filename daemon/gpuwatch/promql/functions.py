@@ -15,6 +15,7 @@ from gpuwatch.records import Labels
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+_LONGEST_LABEL: Final = 65_536
 _LABEL_NAME: Final = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 _REFERENCE: Final = re.compile(r"\$(?:(\$)|(\w+)|\{(\w+)\})", re.ASCII)
 
@@ -29,15 +30,19 @@ def _each(function: Callable[..., float]) -> Callable[..., Vector]:
 
 
 def _at_least(value: float, low: float) -> float:
-    return math.nan if math.isnan(value) or math.isnan(low) else max(value, low)
+    if math.isnan(value) or math.isnan(low):
+        return math.nan
+    return value + low if value == low == 0 else max(value, low)  # of 0 and -0 Go takes 0
 
 
 def _at_most(value: float, high: float) -> float:
-    return math.nan if math.isnan(value) or math.isnan(high) else min(value, high)
+    if math.isnan(value) or math.isnan(high):
+        return math.nan
+    return -(-value - high) if value == high == 0 else min(value, high)  # of 0 and -0 Go takes -0
 
 
 def _whole(function: Callable[[float], int]) -> Callable[[float], float]:
-    return lambda value: float(function(value)) if math.isfinite(value) else value
+    return lambda value: math.copysign(function(value), value) if math.isfinite(value) else value
 
 
 def _clamp(vector: Vector, low: float, high: float) -> Vector:
@@ -118,6 +123,10 @@ def _check_label(name: str, function: str) -> None:
 
 
 def _relabelled(element: Element, target: str, text: str) -> Element:
+    if len(text) > _LONGEST_LABEL:
+        raise QueryError(
+            f"a value made for label {target!r} has {len(text)} characters; at most {_LONGEST_LABEL}"
+        )
     drop_name = element.drop_name and target != "__name__"
     return Element(element.labels.merged({target: text}), element.value, drop_name)
 

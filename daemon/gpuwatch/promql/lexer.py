@@ -55,6 +55,8 @@ _DURATION_PARTS: Final = re.compile(
     r"(?:(\d+)y)?(?:(\d+)w)?(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?(?:(\d+)ms)?", re.ASCII
 )
 _PART_MS: Final = (31_536_000_000, 604_800_000, 86_400_000, 3_600_000, 60_000, 1000, 1)
+_MOST_DIGITS: Final = 64
+_MOST_WHOLE: Final = 2**64
 _ESCAPE: Final = re.compile(rb"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([0-7]{3})|(.))")
 _SIMPLE_ESCAPES: Final = dict(zip(b"abfnrtv\\", b"\a\b\f\n\r\t\v\\", strict=True))
 
@@ -95,27 +97,37 @@ def _complaint(text: str, position: int) -> str:
 def number(token: Token) -> float:
     """The value of a NUMBER: decimal, hexadecimal, or octal after a leading 0, as Prometheus reads them."""
     text = token.text.replace("_", "")
-    if text[:2] in {"0x", "0X"}:
-        return float(int(text, 16))
-    if re.fullmatch(r"0[0-7]+", text):
-        return float(int(text, 8))
-    return float(text)
+    if text[:2] in {"0x", "0X"} or re.fullmatch(r"0[0-7]+", text):
+        whole = int(text, 16 if text[1] in "xX" else 8) if len(text) <= _MOST_DIGITS else _MOST_WHOLE
+        value = float(whole) if whole < _MOST_WHOLE else float("inf")
+    else:
+        value = float(text)
+    if value == float("inf"):
+        raise QueryError(f"error parsing number {_cut(token.text)}: value out of range", token.position)
+    return value
 
 
 def duration_ms(token: Token) -> int:
     """The length of a DURATION, or of a NUMBER of seconds."""
     if token.kind is Kind.NUMBER:
-        ms = round(number(token) * 1000)
-    else:
-        match = _DURATION_PARTS.fullmatch(token.text)
-        if match is None:
-            raise QueryError(
-                f"not a valid duration: {token.text!r}; units go down: y w d h m s ms", token.position
-            )
-        ms = sum(int(n) * unit for n, unit in zip(match.groups(), _PART_MS, strict=True) if n)
+        return _in_range(number(token) * 1000, token)
+    match = _DURATION_PARTS.fullmatch(token.text)
+    if match is None:
+        raise QueryError(
+            f"not a valid duration: {_cut(token.text)}; units go down: y w d h m s ms", token.position
+        )
+    counts = [float(count) if count else 0.0 for count in match.groups()]  # no int takes digits without end
+    return _in_range(sum(count * unit for count, unit in zip(counts, _PART_MS, strict=True)), token)
+
+
+def _in_range(ms: float, token: Token) -> int:
     if ms > _MAX_DURATION_MS:
         raise QueryError("duration out of range", token.position)
-    return ms
+    return round(ms)
+
+
+def _cut(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
 def unquoted(token: Token) -> str:

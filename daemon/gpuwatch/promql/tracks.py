@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from itertools import compress
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -111,15 +112,17 @@ class Tracks:
         if not instants:
             return []
         self._query.hold((instants[-1] - begin_ms) // step_ms + 1)
-        series: dict[Labels, tuple[list[int], list[float], list[bool]]] = {}
+        series: dict[Labels, tuple[array[int], array[float]]] = {}
+        unnamed: set[Labels] = set()
         for at_ms, vector in self._inner(node, instants):
             self._query.hold(len(vector))
             for labels, value, drop_name in vector:
-                stamps, values, drops = series.setdefault(labels, ([], [], []))
+                stamps, values = series.setdefault(labels, (array("q"), array("d")))
                 stamps.append(at_ms)
                 values.append(value)
-                drops.append(drop_name)
-        return [Track(labels, at, values, any(drops)) for labels, (at, values, drops) in series.items()]
+                if drop_name:
+                    unnamed.add(labels)
+        return [Track(labels, *points, labels in unnamed) for labels, points in series.items()]
 
 
 def _unmarked(track: Track) -> Track:
