@@ -20,10 +20,10 @@ check: setup  ## style, types, and who may import whom
 	.venv/bin/lint-imports
 
 test: setup  ## everything that needs neither GPU, systemd, vLLM nor minutes
-	$(PY) -m pytest -n auto -m 'not acceptance'
+	$(PY) -m pytest -n auto --maxschedchunk 16 -m 'not acceptance'
 
 sim: setup  ## many more random incidents: make sim STORIES=5000
-	GPUWATCH_STORIES=$(or $(STORIES),5000) $(PY) -m pytest -n auto tests/simulation
+	GPUWATCH_STORIES=$(or $(STORIES),5000) $(PY) -m pytest -n auto --maxschedchunk 16 tests/simulation
 
 bench: setup  ## cost beside a bare loop: make bench ONLY=daemon
 	$(PY) bench/run.py $(if $(ONLY),--only $(ONLY))

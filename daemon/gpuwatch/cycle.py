@@ -113,17 +113,20 @@ class Cycle:
         self.last_tick_ms = parts.started_at_ms
         self.jumped_at_ms: int | None = None
         self.last_report = Report(at_ms=parts.started_at_ms, summary="starting")
-        self._unread = {source.name for source in parts.sources}
+        self._read_at_ms: dict[str, int] = {}
+        self._watched_since_ms = parts.started_at_ms
         self._all_seen = False
         self._series: dict[str, set[Labels]] = {}
+        self._gone: set[str] = set()  # the targets that a reload took away
         self._supervision: dict[str, SupervisorState] = {}
+        figures = parts.settings.evaluation
         self.judge = rules.Judge(
             parts.groups,
             watched_until_ms=parts.store.last_tick_ms(),
-            outage=_outage(parts.settings),
+            outage=rules.Outage(tolerance_ms=figures.outage_tolerance, grace_ms=figures.for_grace_period),
             terms=rules.Terms(limits=parts.limits),
         )
-        self._remarked: set[str] = set()  # the rules of which it was told what PromQL remarks on them
+        self._remarked: set[str] = set()  # the rules, by key, of which it was told what PromQL remarks
         self.troubles = Troubles()
 
     def jobs(self) -> list[Job]:
@@ -155,12 +158,16 @@ class Cycle:
         self.last_tick_ms = old.last_tick_ms
         self.jumped_at_ms = old.jumped_at_ms
         self.last_report = old.last_report
+        self._read_at_ms = old._read_at_ms
+        self._watched_since_ms = old._watched_since_ms
         self.troubles = old.troubles
         self._series = old._series
+        here = {s.name for s in self.parts.sources} | {f"server:{s.name}" for s in self.settings.servers}
+        self._gone = old._series.keys() - here - {"gpuwatch", "ended"}
         self._supervision = old._supervision
         self.judge.take_over(old.judge)
-        for key in {group.key for group in old.parts.groups} - {group.key for group in self.parts.groups}:
-            self._say_of_rules(key, rules.Evaluation())
+        for key in old.judge.keys - self.judge.keys:
+            self.troubles.say(f"rule {key}", "")
 
     # -- collect ---------------------------------------------------------------------------------
 
@@ -175,7 +182,7 @@ class Cycle:
             self.troubles.say(source.name, str(error))
         is_up = Sample(Labels.of("up", source=name, server=server), now_ms, up)
         self._append(source.name, [*samples, is_up], now_ms)
-        self._unread.discard(source.name)
+        self._read_at_ms[source.name] = now_ms
 
     def observe(self, name: str, now_ms: int) -> None:
         """Ask a server's supervisor what it sees."""
@@ -192,7 +199,7 @@ class Cycle:
         """Judge, decide, save what changed in one transaction, then act."""
         now_ms = (now_ms + _TICK_GRAIN_MS // 2) // _TICK_GRAIN_MS * _TICK_GRAIN_MS
         self._notice_jump(now_ms)
-        if self._unread and now_ms - self.parts.started_at_ms < _FIRST_READ_WAIT_MS:
+        if self._has_unread() and now_ms - self._watched_since_ms < _FIRST_READ_WAIT_MS:
             return self.last_report  # judging what was not yet read would end alerts that go on
         self._end_what_went_unseen(now_ms)
         wishes = self._wishes()
@@ -230,15 +237,26 @@ class Cycle:
         self.last_report = self._report(judged, advanced, refusals, now_ms)
         return self.last_report
 
+    def _has_unread(self) -> bool:
+        """Whether a source was not read since the watch began, at the start or after a sleep."""
+        for source in self.parts.sources:
+            at_ms = self._read_at_ms.get(source.name)
+            if at_ms is None or self._watched_since_ms - at_ms > source.interval_ms + rules.JUMP_MS:
+                return True
+        return False
+
     def _wishes(self) -> remediation.Wishes:
         return remediation.Wishes.of(self.store.settings())
 
     def _end_what_went_unseen(self, now_ms: int) -> None:
-        """Once all sources are read: end the series that were there before gpuwatch began, and are no more.
+        """End the series that a reload took away and, once all sources are read, those of before the start.
 
-        Else what ended while it was down would live on for the five minutes that a query looks back.
+        Else what ended then would live on for the five minutes that a query looks back.
         """
-        if self._all_seen or self._unread:
+        for target in self._gone:
+            self._append(target, [], now_ms)
+        self._gone = set()
+        if self._all_seen or self._has_unread():
             return
         self._all_seen = True
         silent = self.store.silent_since(self.parts.started_at_ms)
@@ -252,18 +270,21 @@ class Cycle:
         """Which phase each server is in, and which alerts are active."""
         states = self._judge_servers(now_ms)
         verdict = self.judge.judge(self.store, self.store.active_alerts(), now_ms)
-        for key, evaluation in verdict.evaluations.items():
-            self._say_of_rules(key, evaluation)
+        for evaluation in verdict.evaluations.values():
+            self._say_of_rules(evaluation)
         return _Judged(states, verdict)
 
-    def _say_of_rules(self, group: str, evaluation: rules.Evaluation) -> None:
-        self.troubles.say_all(f"rule {group}/", {f.rule: f.what for f in evaluation.failures})
+    def _say_of_rules(self, evaluation: rules.Evaluation) -> None:
+        for key in evaluation.written:
+            self.troubles.say(f"rule {key}", "")
         for failure in evaluation.failures:
             if failure.bug:
-                self.troubles.bug(f"bug in rule {group}/{failure.rule}", failure.bug)
-        for rule in evaluation.remarks.keys() - self._remarked:
-            self._remarked.add(rule)
-            log.warning("rule %s/%s: %s", group, rule, evaluation.remarks[rule])
+                self.troubles.bug(f"rule {failure.key}", failure.bug)
+            else:
+                self.troubles.say(f"rule {failure.key}", failure.what)
+        for key in evaluation.remarks.keys() - self._remarked:
+            self._remarked.add(key)
+            log.warning("rule %s: %s", key, evaluation.remarks[key])
 
     def _judge_servers(self, now_ms: int) -> dict[str, ServerState]:
         known = self.store.servers()
@@ -313,7 +334,7 @@ class Cycle:
         for alert in judged.verdict.firing:
             situation = self._situation(alert, judged, begun, wishes, now_ms)
             decision = remediation.decide(situation, self.settings.remediation.mode)
-            decisions[_identity(alert)] = decision
+            decisions[alert.identity] = decision
             if isinstance(decision, Plan):
                 begun.append(remediation.begin(decision, now_ms))
         return decisions, begun
@@ -377,7 +398,7 @@ class Cycle:
         return remediation.Seen(
             server=server or _unseen(r.plan.server, now_ms),
             alert_firing=any(
-                _identity(a) == (r.plan.alert, r.plan.alert_labels) for a in judged.verdict.firing
+                a.identity == (r.plan.alert, r.plan.alert_labels) for a in judged.verdict.firing
             ),
             paused=wishes.paused_until_ms is not None and now_ms < wishes.paused_until_ms,
             word=word,
@@ -445,7 +466,7 @@ class Cycle:
     def _notice_jump(self, now_ms: int) -> None:
         gap_ms = now_ms - self.last_tick_ms
         if gap_ms > rules.JUMP_MS:
-            self.jumped_at_ms = now_ms
+            self.jumped_at_ms = self._watched_since_ms = now_ms
             log.warning("time went on by %d s at once: the clock jumped or the host slept", gap_ms // 1000)
         self.last_tick_ms = now_ms
 
@@ -495,14 +516,5 @@ class Cycle:
         )
 
 
-def _identity(alert: Alert) -> tuple[str, Labels]:
-    return alert.rule, alert.labels
-
-
 def _unseen(name: str, now_ms: int) -> ServerState:
     return ServerState(name=name, phase=ServerPhase.UNSEEN, since_ms=now_ms, seen_at_ms=now_ms)
-
-
-def _outage(settings: Settings) -> rules.Outage:
-    figures = settings.evaluation
-    return rules.Outage(tolerance_ms=figures.outage_tolerance, grace_ms=figures.for_grace_period)

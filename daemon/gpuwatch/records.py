@@ -65,11 +65,12 @@ class Labels(tuple[tuple[str, str], ...]):
 
     def __str__(self) -> str:
         """As in PromQL: `name{a="b"}`."""
-        inner = ",".join(f'{k}="{_escaped(v)}"' for k, v in self if k != "__name__")
+        inner = ",".join(f'{k}="{escaped(v)}"' for k, v in self if k != "__name__")
         return self.metric + (f"{{{inner}}}" if inner or not self.metric else "")
 
 
-def _escaped(value: str) -> str:
+def escaped(value: str) -> str:
+    """A label's value as it stands between quotes."""
     return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
@@ -167,7 +168,7 @@ class AlertState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alert:
-    """One active element of an alerting rule; identity is (`rule`, `labels`).
+    """One active element of an alerting rule.
 
     `labels` holds `alertname` and the rule's own labels, never `__name__`. `held_by` are the marks of the
     rules of that name that find it, in the order they did; the mark of a rule that stands alone is empty.
@@ -183,6 +184,11 @@ class Alert:
     resolved_at_ms: int | None = None
     keep_firing_since_ms: int | None = None
     held_by: tuple[str, ...] = ("",)
+
+    @property
+    def identity(self) -> tuple[str, Labels]:
+        """What tells it from every other active alert."""
+        return self.rule, self.labels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,14 +25,6 @@ class Troubles:
         if trouble:
             self.present[about] = trouble
 
-    def say_all(self, prefix: str, troubles: dict[str, str]) -> None:
-        """The same for everything whose name begins with `prefix`: what is not named is well."""
-        for about in [name for name in self.present if name.startswith(prefix)]:
-            if about.removeprefix(prefix) not in troubles:
-                self.say(about, "")
-        for name, trouble in troubles.items():
-            self.say(prefix + name, trouble)
-
     def bug(self, about: str, error: Exception) -> None:
         """A fault that nobody foresaw: with its traceback once, counted always."""
         self.internal_errors += 1

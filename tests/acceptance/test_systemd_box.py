@@ -351,7 +351,7 @@ def test_the_daemon_reports_ready_and_its_status(daemon):
     assert 'Status: "standin serving' in daemon.run("systemctl", "status", "gpuwatch")
 
 
-def test_the_daemon_compiles_itself_once(daemon):
+def test_the_daemon_compiles_nothing_twice(daemon):
     folder = daemon.root / "var/cache/gpuwatch"
 
     def compiled():
@@ -362,7 +362,7 @@ def test_the_daemon_compiles_itself_once(daemon):
     assert any(path.match("gpuwatch/cycle.*.opt-2.pyc") for path in first)
     daemon.run("systemctl", "restart", "gpuwatch")
     wait_until_seen(daemon)
-    assert compiled() == first
+    assert first.items() <= compiled().items()  # what is rarely used may come later
 
 
 def test_the_status_is_for_root_and_the_daemons_user(daemon):

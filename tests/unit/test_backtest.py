@@ -110,8 +110,8 @@ def test_each_alert_has_a_line_and_what_fired_its_episodes(folder):
         "Cold    never pending",
         "",
         "Hot",
-        '  2024-09-21 09:31:00 UTC  to 2024-09-21 09:35:00 UTC  4m  {gpu="0"} 90',
-        '  2024-09-21 10:56:00 UTC  still fires                 4m  {gpu="0"} 90',
+        '  2024-09-21 09:31:00 UTC  to 2024-09-21 09:35:00 UTC  4m  {gpu="0",severity="warning"} 90',
+        '  2024-09-21 10:56:00 UTC  still fires                 4m  {gpu="0",severity="warning"} 90',
         "",
     ]
     assert result.stderr == ""
@@ -226,6 +226,20 @@ def test_a_rule_that_fails_is_told_with_its_place(folder):
     assert result.exit_code == 0
     assert "Bad failed 61 times, first with: " in result.stderr
     assert "rules.yaml:5:9: " in result.stderr
+    assert "Bad    never pending; failed 61 times\n" in result.stdout
+
+
+def test_without_a_rule_there_is_nothing_to_judge(folder):
+    result = asked(folder, "groups: []")
+    assert result.exit_code == 1
+    assert f"there is no rule in {folder}/rules.yaml" in result.stderr
+
+
+def test_rules_that_only_record_have_no_table(folder):
+    text = "groups:\n" + group("g", "{record: a, expr: up}")
+    assert asked(folder, text, "--since", "1m").stdout.splitlines() == [
+        "0 alerts from 2024-09-21 10:59:00 UTC to 2024-09-21 11:00:00 UTC, judged every 10s"
+    ]
 
 
 def test_a_rule_that_fails_at_times_goes_on_at_others(folder):
@@ -290,7 +304,8 @@ def test_a_step_at_which_alerts_could_not_live_is_refused(folder, step):
     [
         (["--since", "yesterday"], "--since 'yesterday' is no time"),
         (["--since", "now"], "nothing lies between"),
-        (["--until", "0"], "nothing lies between"),
+        (["--until", "0"], "--until 0: the history begins later, at 2024-09-21 09:00:00 UTC"),
+        (["--until", ""], "--until '' is no time"),
     ],
 )
 def test_times_between_which_there_is_nothing_are_refused(folder, given, message):

@@ -284,6 +284,40 @@ def test_a_rule_that_fails_after_a_reload_leaves_the_series_of_before():
     assert host.present("a") == {"a"}
 
 
+def test_what_the_old_judge_still_does_while_a_reload_goes_on_is_known_to_the_new_one():
+    host = Host(group(record()))
+    host.tick(10)
+    old = host.judge
+    host.reload(group(record()))
+    new, host.judge = host.judge, old
+    host.tick(90)
+    host.judge = new
+    host.tick(10)
+    assert host.present("hot") == set()
+
+
+def test_nothing_is_forgotten_in_two_reloads_at_once():
+    host = Host(group(record(), alert(for_ms=10 * S)))
+    host.run(7, heat=90)
+    host.reload(group(alert(for_ms=10 * S)))
+    host.reload(group(alert(for_ms=10 * S), alert("New")))
+    assert host.seconds_until((PENDING, FIRING), heat=90) == 4
+    assert host.present("hot") == set()
+
+
+def test_a_group_that_comes_back_or_has_another_interval_begins_at_once_and_missed_nothing():
+    slow, fast = (group(record("one", "vector(1)"), interval_ms=ms) for ms in (60 * S, 5 * S))
+    host = Host(slow)
+    host.run(130)
+    host.reload()
+    host.run(200)
+    for changed in (slow, fast, slow):
+        host.reload(changed)
+        assert len(evaluated(host, 1)) == 1
+        host.run(61)
+    assert host.judge.missed == 0
+
+
 def test_an_alert_of_two_rules_ends_when_the_one_that_is_left_gives_it_up():
     host = Host(group(alert(), alert(expr="heat > 50")))
     host.run(2, heat=90)

@@ -162,6 +162,20 @@ def test_any_values_fit_on_any_canvas(all_values, unit, width, height, plain, sp
         assert columns_of(line) <= canvas.columns
 
 
+def left_texts(values):
+    text = draw([every(MINUTE, values)], frame(), Canvas(width=60, height=9))
+    return [line.split("┤")[0].strip() for line in text.split("\n") if "┤" in line]
+
+
+def test_ticks_begin_and_end_where_the_room_around_a_steady_value_does():
+    assert left_texts([1.0]) == ["1.05", "1.00", "0.95"]
+
+
+def test_ticks_of_large_values_that_hardly_change_have_the_decimals_that_differ():
+    assert left_texts([1_795_177_000.0, 1_795_177_400.0]) == ["1.7951774G", "1.7951772G", "1.7951770G"]
+    assert left_texts([0.0, 3e-6]) == ["4e-06", "2e-06", "0"]
+
+
 def test_labels_that_all_have_are_common():
     one, other = Labels.of("up", gpu="0", host="a"), Labels.of("up", gpu="1", host="a")
     assert common([one, other]) == Labels.of("up", host="a")
@@ -201,6 +215,7 @@ def test_a_text_is_cut_by_the_columns_it_takes():
             "histogram_quantile(0.9, sum by (le) (increase(vllm:e2e_request_latency_seconds_bucket[5m])))",
             "seconds",
         ),
+        ("histogram_quantile(0.9, sum by (le) (rate(http_request_duration_seconds_bucket[5m])))", "seconds"),
         ("avg_over_time(gpu_power_draw_watts[1h:1m])", "watts"),
         ('{gpu="0"}', ""),
         ("time()", ""),

@@ -118,6 +118,7 @@ def test_keywords_may_be_metrics_and_labels():
         ("a b", 2, "expected an operator or the end"),
         ("1e309", 0, "value out of range"),
         ("0x" + "f" * 99, 0, "value out of range"),
+        ("0x_", 0, "bad number or duration"),
         ("a[" + "9" * 5000 + "s]", 2, "duration out of range"),
         ("a offset " + "9" * 5000, 9, "value out of range"),
     ],
@@ -507,6 +508,11 @@ def test_only_scalars_and_instant_vectors_have_a_range_query():
             [],
         ),
         (
+            "quantile(12345678.9, a)",
+            ["PromQL warning: quantile value should be between 0 and 1, got 1.23456789e+07 (1:10)"],
+            [],
+        ),
+        (
             "histogram_quantile(0.5, a)",
             [
                 (
@@ -538,6 +544,18 @@ def test_buckets_that_fall_are_repaired_and_that_is_told_once_for_all_steps():
         ", from buckets 2 to 2, with a max diff of 2, over 3 samples "
         "from 1970-01-01T00:00:00Z to 1970-01-01T00:02:00Z"
     )
+
+
+@pytest.mark.parametrize(
+    ("replacement", "expected"),
+    [("$1", "b"), ("${2}x", "cx"), ("$01", ""), ("$3", ""), ("$" + "9" * 5000, ""), ("$$1", "$1")],
+)
+def test_a_replacement_names_groups_as_in_go(replacement, expected):
+    made = Memory()
+    made.add(Labels.of("a", source="bc"), 0, 1.0)
+    query = f'label_replace(a, "made", "{replacement}", "source", "(b)(c)")'
+    [(labels, _)] = promql.evaluate(promql.parse(query), made, 0).value
+    assert labels.get("made") == expected
 
 
 def test_sorting_a_range_query_is_remarked():

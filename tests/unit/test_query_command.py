@@ -138,6 +138,19 @@ def test_nothing_found_is_said_and_is_no_error(folder):
     assert "no series has a value then (2024-09-21 20:59:00 CST)" in result.stderr
 
 
+def test_nothing_found_in_a_range_is_said_with_both_its_ends(folder):
+    result = asked(folder, "nothing_of_this_name", "--range", "1m")
+    assert "(2024-09-21 20:58:00 CST to 2024-09-21 20:59:00 CST)" in result.stderr
+
+
+@pytest.mark.parametrize("given", [[], ["--range", "1m", "--step", "1m"], ["--plot"]])
+def test_a_label_cannot_command_the_terminal(folder, given):
+    named = 'label_replace(vector({0}), "process", "{0}\\u001b]0;pwned\\a", "", "")'
+    text = told(folder, f"{named.format(1)} or {named.format(2)}", *given)
+    assert "2\ufffd]0;pwned\ufffd" in text
+    assert text.replace("\n", "").isprintable()
+
+
 def test_remarks_go_to_standard_error_with_their_place(folder):
     result = asked(folder, "rate(gpu_memory_used_bytes[5m])", "--json")
     assert json.loads(result.stdout)["resultType"] == "vector"
@@ -173,6 +186,24 @@ def test_a_character_that_the_terminal_lacks_is_replaced(folder):
 
 
 # What programs see
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "latin-1", "ascii"])
+def test_programs_get_every_character_whatever_the_terminal_has(folder, charset):
+    asked_for = [
+        "query",
+        "--state-dir",
+        str(folder),
+        'label_replace(vector(1), "x", "显存", "", "")',
+        "--at",
+        "5",
+    ]
+    as_json, as_csv = (
+        CliRunner(charset=charset).invoke(main, [*asked_for, form]).stdout_bytes
+        for form in ("--json", "--csv")
+    )
+    assert json.loads(as_json)["result"][0]["metric"] == {"x": "显存"}
+    assert as_csv.decode() == "time,x,value\n1970-01-01T00:00:05.000Z,显存,1\n"
 
 
 def test_json_has_the_shape_of_prometheus_api(folder):
@@ -286,6 +317,9 @@ def test_a_range_ends_with_the_newest_scrape_unless_told(folder):
         (["--from", "now"], "--from now: it is later than the end"),
         (["--range", "11000s", "--step", "1s"], "--step 1s: a series may have 11000 points"),
         (["--range", "1h", "--step", "0s"], "--step 0s"),
+        (["--at", ""], "--at '' is no time"),
+        (["--from", ""], "--from '' is no time"),
+        (["--plot", "--range", ""], "--range: '' is no duration"),
         (["--range", "an hour"], "--range: 'an hour' is no duration"),
     ],
 )

@@ -398,6 +398,22 @@ def test_more_alerts_than_the_limit_fail_the_rule_and_end_all_it_had():
     assert len(story.written) == 4
 
 
+def test_what_another_rule_of_the_name_finds_outlasts_the_limit():
+    story = Story(rule(expr="heat{gpu='a'} > 80"), rule(expr="heat > 90"), limit=1)
+    assert story.at(0, a=95) == [("a", None, FIRING)]
+    assert story.at(1, a=95, b=95) == []
+    assert story.failed == ["exceeded limit of 1 with 2 alerts"]
+    assert [alert.held_by for alert in story.active] == [("",)]
+    assert story.at(2) == [("a", FIRING, RESOLVED)]
+
+
+def test_what_another_rule_of_the_name_finds_does_not_count_for_the_limit():
+    story = Story(rule(expr="heat{gpu='a'} > 80"), rule(expr="heat > 90"), limit=1)
+    story.at(0, a=95)
+    assert story.at(1, a=85, b=95) == [("b", None, FIRING)]
+    assert story.failed == []
+
+
 def test_pending_alerts_count_for_the_limit():
     story = Story(rule(for_ms=9 * S), limit=1)
     story.at(0, a=90, b=90)
@@ -419,7 +435,7 @@ def test_what_promql_remarks_is_told_and_fails_nothing():
     story = Story(record("speed", "rate(heat[5s])"))
     story.at(0, a=1)
     story.at(1, a=2)
-    assert "PromQL info: metric might not be a counter" in story.evaluation.remarks["speed"]
+    assert "PromQL info: metric might not be a counter" in story.evaluation.remarks["r.yaml;g/speed"]
     assert story.evaluation.failures == ()
     assert story.written
 
@@ -432,6 +448,30 @@ def test_a_rule_that_takes_more_than_it_may_fails_alone():
     evaluation = rules.evaluate(compiled(rule(), rule("Calm", "vector(1)")), memory, (), 0, terms=terms)
     assert [failure.rule for failure in evaluation.failures] == ["Hot"]
     assert [alert.rule for alert in evaluation.alerts] == ["Calm"]
+
+
+def test_a_rules_templates_share_the_time_that_it_may_take():
+    asked = []
+
+    def limits():
+        asked.append(0)
+        return promql.Limits(is_over=lambda: len(memory.selected) > 2)
+
+    class Counted(Memory):
+        selected = ()
+
+        def select(self, matchers, after_ms, upto_ms):
+            self.selected = (*self.selected, matchers)
+            return super().select(matchers, after_ms, upto_ms)
+
+    memory = Counted()
+    for gpu in "abc":
+        memory.add(Labels.of("heat", gpu=gpu), 0, 90.0)
+    slow = rule(annotations={"all": '{{ query "heat" | len }}'})
+    evaluation = rules.evaluate(compiled(slow), memory, (), 0, terms=rules.Terms(limits=limits))
+    assert len(asked) == 1
+    assert "its templates take too long" in evaluation.failures[0].what
+    assert evaluation.alerts == ()
 
 
 def test_a_bug_that_one_rule_meets_is_told_and_blinds_no_other():
@@ -454,6 +494,15 @@ def test_rules_have_keys_of_their_own_and_keep_them_when_others_come_before_them
     first, second = compiled(rule(), rule()).rules
     assert first.key != second.key
     assert compiled(rule("New"), rule()).rules[1].key == first.key
+
+
+def test_no_names_of_groups_and_rules_make_the_same_key():
+    groups = [
+        RuleGroup(name=name, interval_ms=S, rules=tuple(map(rule, names)), place=place())
+        for name, names in (("g", ("x/y", "x", "x", "x#2")), ("g/x", ("y",)))
+    ]
+    keys = [rule.key for group in rules.compile_groups(groups) for rule in group.rules]
+    assert len(set(keys)) == 5
 
 
 @pytest.mark.parametrize("interval_ms", [500, 1 * S, 1500, 15 * S, 300 * S])

@@ -260,6 +260,20 @@ def test_mistakes_within_a_text_are_told_with_their_column(write, tmp_path):
     assert failure(expr="sum(x").startswith("6:20: sum(x at 0s: ")
 
 
+def test_an_expected_sample_that_cannot_be_read_hides_no_other_failure(write, tmp_path):
+    done = run(write, HOT_TEST.replace("GPU 0 is at 90", "cold").replace("gpu:hottest{", "gpu:hottest{{"))
+    assert f"{tmp_path}/test.yaml:10:9: alert Hot at 3m59s" in done.output
+    assert f"{tmp_path}/test.yaml:21:80: gpu:hottest at 1m: " in done.output
+
+
+def test_a_test_that_holds_itself_is_a_mistake(write, tmp_path):
+    done = run(write, "tests: [&a {<<: *a}]")
+    assert done.output == (
+        f"{tmp_path}/test.yaml: FAILED\n  {tmp_path}/test.yaml: has a part that holds itself\n"
+    )
+    assert done.exit_code == 1
+
+
 def test_yaml_anchors_and_merged_keys_are_understood(write):
     test = """
     tests:
@@ -370,6 +384,8 @@ def test_every_mistake_of_every_rule_is_told(write, tmp_path):
             rules:
               - {alert: One, expr: sum(x}
               - {alert: Two, expr: up == 0, annotations: {summary: "{{ if }}"}}
+              - {alert: Four, for: soon, expr: up == 0}
+              - {}
           - name: b
             rules:
               - {alert: Three, expr: up ==}
@@ -378,8 +394,15 @@ def test_every_mistake_of_every_rule_is_told(write, tmp_path):
     done = call("check", path, "--lint", "none")
     assert done.exit_code == 1
     first, *mistakes = done.output.splitlines()
-    assert first == f"{tmp_path}/rules.yaml: FAILED, 3 mistakes"
-    assert [line.split(":")[1] for line in mistakes] == ["4", "5", "8"]
+    assert first == f"{tmp_path}/rules.yaml: FAILED, 6 mistakes"
+    assert [line.split(":")[1] for line in mistakes] == ["4", "5", "6", "7", "7", "10"]
+    assert "7:9: this rule has no expr" in done.output
+
+
+def test_a_key_that_is_no_text_is_a_mistake(write):
+    path = write("rules.yaml", "groups: [{name: a, rules: [{alert: A, expr: up, ? [x] : 1}]}]")
+    done = call("check", path, "--lint", "none")
+    assert f"{path}: FAILED, 1 mistake\n  {path}:1:51: a key of a rule must be a text\n" == done.output
 
 
 def test_a_folder_stands_for_its_rule_files_and_nothing_for_those_in_force(write, tmp_path):
@@ -390,7 +413,9 @@ def test_a_folder_stands_for_its_rule_files_and_nothing_for_those_in_force(write
     done = call("check", "--config", settings, "--lint", "none")
     assert done.output == f"{tmp_path}/some/b.yml: SUCCESS, 2 rules\n"
     (tmp_path / "none").mkdir()
-    assert "there is no rule file" in call("check", tmp_path / "none").output
+    without = write("without.yaml", f"rules: [{tmp_path}/none]")
+    for given in ([tmp_path / "none"], ["--config", without]):
+        assert f"there is no rule file in {tmp_path}/none" in call("check", *given).output
 
 
 def test_a_remark_is_no_mistake_unless_that_is_asked_for(write, tmp_path):
@@ -478,6 +503,9 @@ def remarks(write, expr, *, stored=STORED, **rule):
         ("3 > (up > 5)", "nothing is ever < 3 and > 5 here"),
         ("up == 1 and (up == 2 unless server_down)", "nothing is ever == 1 and == 2 here"),
         ("up > 1 + 2 * 2 and up < -1", "nothing is ever > 5 and < -1 here"),
+        ("up == 1234567 and up == 1234568", "nothing is ever == 1234567 and == 1234568 here"),
+        ("up > NaN", "nothing is ever > nan here"),
+        ("up > +Inf", "nothing is ever > inf here"),
         ("up > bool 5", '"bool" makes 0 or 1 of a comparison'),
         ("time() - 5", "a scalar is always there"),
     ],
@@ -508,6 +536,11 @@ def test_what_looks_mistaken_is_remarked(write, expr, expected):
         "up > 5 and on () up < 3",
         "up > 5 and up{source='nvml'} < 3",
         "up > 3 < 5",
+        "up > 1e17",
+        "up < 1e300",
+        "up > -Inf < 5",
+        "up == +Inf",
+        "up != NaN",
         "sum by (__name__, gpu) (gpu_memory_used_bytes) > 1",
         "sum without (instance) (gpu_memory_used_bytes) > 1",
         "server_down == 1 and on (server) up",

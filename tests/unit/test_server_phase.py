@@ -161,6 +161,15 @@ def test_when_a_start_began_is_told_only_while_it_lasts():
     assert not [s for s in samples(after(HEALTHY)) if "start" in s.labels.metric]
 
 
+def test_a_healthy_one_that_misses_a_look_has_not_started_anew_because_nobody_knows_when_it_began():
+    nameless = up(pid=None)
+    seen = [(10, COMING, FAILING), (20, nameless, OK)]
+    assert after(*seen[:1]).starting_since_ms == 10_000
+    assert after(*seen, (30, nameless, UNKNOWN)).starting_since_ms is None
+    assert after(*seen, (30, nameless, FAILING)).starting_since_ms is None
+    assert after(*seen, (30, gone(), FAILING), (40, nameless, FAILING)).starting_since_ms == 40_000
+
+
 # Properties as systemd 252 gave them; monotonic times in microseconds.
 ACTIVE = Unit(
     load_state="loaded",

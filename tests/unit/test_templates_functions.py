@@ -127,6 +127,7 @@ def test_numbers_are_made_readable(value, text):
         ('{{ match "^n.*:\\\\d+$" $labels.host }} {{ match "x" "y" }}', "true false"),
         ('{{ reReplaceAll "(.*):(?P<p>.*)" "$p-${1}$$" $labels.host }}', "9100-node-1.example.com$"),
         ('{{ reReplaceAll "x*" "-" "显a" }}', "-显-a-"),
+        ('{{ reReplaceAll "(a)" "${01}$1" "a" }}', "a"),
         ('{{ stripPort "a:1" }} {{ stripPort "[::1]:2" }} {{ stripPort "a" }}', "a ::1 a"),
         (
             '{{ stripDomain "a.b:1" }} {{ stripDomain "10.0.0.7:1" }} {{ stripDomain "a.b" }}',

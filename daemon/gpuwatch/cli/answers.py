@@ -93,13 +93,13 @@ def _elements(result: Result) -> Iterator[str]:
         (*(one.labels.get(name) for name in names), *_value_cells(one.values[0], result.unit))
         for one in result.series
     ]
-    yield f"{local(result.when.end_ms)}  {shared or ''}".rstrip()
+    yield f"{local(result.when.end_ms)}  {plot.visible(str(shared or ''))}".rstrip()
     yield from aligned(rows)
 
 
 def _samples(result: Result) -> Iterator[str]:
     for one in result.series:
-        yield str(one.labels)
+        yield plot.visible(str(one.labels))
         width = max(len(value_text(value)) for value in one.values)
         for at_ms, value in zip(one.at_ms, one.values, strict=True):
             number, human = _value_cells(value, result.unit)
@@ -113,8 +113,9 @@ def _value_cells(value: float, unit: str) -> tuple[str, str]:
 
 def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """A line a row, in columns as wide as their widest cell."""
-    widths = [max(map(plot.columns_of, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
+    shown = [[plot.visible(cell) for cell in row] for row in rows]
+    widths = [max(map(plot.columns_of, column)) for column in zip(*shown, strict=True)]
+    for row in shown:
         yield "  ".join(map(_padded, row, widths)).rstrip()
 
 
@@ -131,6 +132,12 @@ def chart(result: Result, canvas: plot.Canvas) -> list[str]:
 def local(at_ms: int) -> str:
     """An instant by the clock of this place."""
     return f"{dt.datetime.fromtimestamp(at_ms / 1000, tz=dt.UTC).astimezone():%Y-%m-%d %H:%M:%S %Z}"
+
+
+def local_span(when: When) -> str:
+    """The instant, or the time from the first to the last, by the clock of this place."""
+    end = local(when.end_ms)
+    return end if when.step_ms is None else f"{local(when.start_ms)} to {end}"
 
 
 # ---- for programs

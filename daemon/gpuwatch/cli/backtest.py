@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gpuwatch.rules import CompiledGroup, Verdict
     from gpuwatch.store.history import History
 
-_MOST_STEPS: Final = 40_320  # of `--step auto`: seven days, every 15 s
+_MOST_STEPS: Final = 40_320  # where no step is named: seven days, every 15 s
 _STEPS_MS: Final = (1000, 2000, 5000, 10_000, 15_000, 30_000, 60_000)  # beyond, the judge sees an outage
 
 
@@ -51,6 +51,8 @@ def backtest(
 
     settings = config.with_rules(settings_of(config_path, state_dir), files)
     groups = assembly.compile_rules(settings)
+    if not any(group.rules for group in groups):
+        raise ConfigError([f"rules backtest: there is no rule in {', '.join(map(str, settings.rules))}"])
     found = story.Story.of(groups)
     with store.open_history(settings.state_dir) as history:
         instants = _instants(history, groups, given["since"], given["until"], given["step"])
@@ -85,8 +87,10 @@ def _instants(
     newest_ms = history.newest_ms()
     if span is None or newest_ms is None:
         raise StoreError("there is no sample yet; to cure it, let gpuwatch run")
-    end_ms = instant_ms(until, "--until", newest_ms) if until else newest_ms
+    end_ms = newest_ms if until is None else instant_ms(until, "--until", newest_ms)
     start_ms = _since_ms(since, newest_ms, end_ms)
+    if end_ms < span[0]:
+        raise ConfigError([f"--until {until}: the history begins later, at {clock.utc_text(span[0])}"])
     if start_ms < span[0]:
         click.echo(f"the history goes back to {clock.utc_text(span[0])} only; judged from there", err=True)
         start_ms = span[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from typing import TYPE_CHECKING
 
-from gpuwatch.promql import Series
+from gpuwatch.promql import Series, metric_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,8 +42,8 @@ class Memory:
         return found
 
     def _named(self, matchers: Sequence[Matcher]) -> list[Series]:
-        name = next((m.value for m in matchers if m.name == "__name__" and m.op == "="), None)
-        some = self._metrics.values() if name is None else [self._metrics.get(name, {})]
+        name = metric_of(matchers)
+        some = [self._metrics.get(name, {})] if name else self._metrics.values()
         return [series for metric in some for series in metric.values()]
 
 

@@ -38,6 +38,7 @@ _TIME_STEPS_S: Final = (
 )
 _DAY_MS: Final = 86_400_000
 _GREATEST: Final = sys.float_info.max
+_SAME: Final = 1e-6  # steps: what is that near a tick is on it
 _LEAST_STEP: Final = 1e-300  # below it there is nothing to be read off a chart
 
 
@@ -136,9 +137,12 @@ def _ticks(low: float, high: float, count: int) -> list[tuple[float, str]]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * n for n in (1, 2, 3, 5, 10) if power * n >= rough * 0.999)
     decimals = max(0, -math.floor(math.log10(step)))
+    # Small steps need all their decimals where the values are large: 1.79517G, 1.79518G.
+    is_plain = step < 1e7 and (step > 1e-4 or max(abs(low), abs(high)) >= 1)
+    first, last = math.floor(low / step + _SAME), math.ceil(high / step - _SAME)
     return [
-        (k * step, f"{k * step:.{decimals}f}" if 1e-4 < step < 1e7 else f"{k * step:.3g}")
-        for k in range(math.floor(low / step), math.ceil(high / step) + 1)
+        (k * step, f"{k * step:.{decimals}f}" if is_plain else f"{k * step:.3g}")
+        for k in range(first, last + 1)
     ]
 
 
@@ -269,9 +273,9 @@ def _legend(drawn: Sequence[Series], frame: Frame, canvas: Canvas, brush: _Brush
     """What all have in common, and a line for each with the labels that differ, and what it came to."""
     shared = common([one.labels for one in drawn]) if len(drawn) > 1 else Labels()
     if shared:
-        yield cut(str(shared), canvas.columns)
+        yield cut(visible(str(shared)), canvas.columns)
     for number, one in enumerate(drawn):
-        own = str(one.labels.without(*(name for name, _ in shared)))
+        own = visible(str(one.labels.without(*(name for name, _ in shared))))
         figures = _figures(one, frame.unit)
         while len(figures) > 1 and columns_of(own) + columns_of(", ".join(figures)) > canvas.columns - 4:
             figures.pop()
@@ -309,6 +313,11 @@ def columns_of(text: str) -> int:
     return sum(
         0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
     )
+
+
+def visible(text: str) -> str:
+    """The text without characters that command a terminal: a label may hold what a process calls itself."""
+    return "".join("\ufffd" if unicodedata.category(c) == "Cc" else c for c in text)
 
 
 def cut(text: str, room: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import csv
 import datetime as dt
+import io
 import json
 import os
 import shutil
@@ -59,7 +60,7 @@ class _Asked:
 @click.argument("expr")
 @path_option
 @state_option
-@click.option("--at", help="One instant; default: the newest scrape. A TIME as below.")
+@click.option("--at", help="One instant; default: the newest scrape. A TIME as above.")
 @click.option("--range", "span", help="So long until --to (30m, 24h).")
 @click.option("--from", "start", help="From this TIME on, instead of --range.")
 @click.option("--to", "end", help="Until this TIME; default: the newest scrape.")
@@ -115,7 +116,7 @@ def _newest_ms(history: History, asked: _Asked) -> int:
     if newest_ms is None:
         raise StoreError("there is no sample yet; to cure it, let gpuwatch run")
     now_ms = clock.SystemClock().now_ms()
-    if not (asked.at or asked.end) and now_ms - newest_ms > _OLD_MS:
+    if asked.at is None and asked.end is None and now_ms - newest_ms > _OLD_MS:
         click.echo(
             f"the newest scrape is of {clock.utc_text(newest_ms)}; gpuwatch has not written since", err=True
         )
@@ -125,21 +126,20 @@ def _newest_ms(history: History, asked: _Asked) -> int:
 def _when(asked: _Asked, newest_ms: int) -> When:
     from gpuwatch.cli.answers import When  # noqa: PLC0415
 
-    span = asked.span or (_PLOT_RANGE if asked.form == "plot" and not asked.start else None)
-    if not (span or asked.start):
-        if asked.end or asked.step:
+    if asked.span is None and asked.start is None and asked.form != "plot":
+        if asked.end is not None or asked.step is not None:
             raise click.UsageError("--to and --step are for a range: name --range or --from too")
-        at_ms = instant_ms(asked.at, "--at", newest_ms) if asked.at else newest_ms
+        at_ms = newest_ms if asked.at is None else instant_ms(asked.at, "--at", newest_ms)
         return When(start_ms=at_ms, end_ms=at_ms, step_ms=None)
-    if asked.at:
+    if asked.at is not None:
         raise click.UsageError("--at is for one instant; a range ends with --to")
-    if asked.span and asked.start:
-        raise click.UsageError("--range and --from both say where it begins: name one")
-    end_ms = instant_ms(asked.end, "--to", newest_ms) if asked.end else newest_ms
-    if span:
-        start_ms = end_ms - duration_ms(span, "--range")
+    end_ms = newest_ms if asked.end is None else instant_ms(asked.end, "--to", newest_ms)
+    if asked.start is None:
+        start_ms = end_ms - duration_ms(_PLOT_RANGE if asked.span is None else asked.span, "--range")
+    elif asked.span is None:
+        start_ms = instant_ms(asked.start, "--from", newest_ms)
     else:
-        start_ms = instant_ms(asked.start or "", "--from", newest_ms)
+        raise click.UsageError("--range and --from both say where it begins: name one")
     if start_ms > end_ms:
         raise ConfigError([f"--from {asked.start}: it is later than the end, {clock.utc_text(end_ms)}"])
     return When(start_ms=start_ms, end_ms=end_ms, step_ms=_step_ms(asked.step, end_ms - start_ms))
@@ -199,11 +199,13 @@ def _show(result: Result, form: str, *, plain: bool) -> None:
     from gpuwatch.cli import answers  # noqa: PLC0415
 
     if not (result.series or result.text) and form in {"text", "plot"}:
-        click.echo(f"no series has a value then ({answers.local(result.when.end_ms)})", err=True)
+        click.echo(f"no series has a value then ({answers.local_span(result.when)})", err=True)
     elif form == "json":
-        click.echo(json.dumps(answers.data(result), ensure_ascii=False))
+        click.echo(json.dumps(answers.data(result), ensure_ascii=_encoding() != "utf-8"))
     elif form == "csv":
-        csv.writer(sys.stdout, lineterminator="\n").writerows(answers.rows(result))
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows(answers.rows(result))
+        click.echo(table.getvalue().encode(), nl=False)  # programs get every character as it is
     else:
         lines = answers.chart(result, _canvas(plain=plain)) if form == "plot" else answers.table(result)
         for line in lines:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gpuwatch import config, rules, store
 from gpuwatch.cli.lint import Inventory, lint
-from gpuwatch.errors import ConfigError, RuleError, StoreError
+from gpuwatch.errors import RuleError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -34,12 +35,10 @@ class CheckedFile:
 
 def checked(path: Path) -> CheckedFile:
     """Read and compile one rule file."""
-    try:
-        groups = config.load_rules([path])
-    except ConfigError as error:
-        return CheckedFile(path, mistakes=error.mistakes)
-    mistakes = tuple(mistake for group in groups for mistake in _mistakes(group))
-    return CheckedFile(path, () if mistakes else rules.compile_groups(groups), mistakes)
+    groups, mistakes = config.read_rules(path)
+    mistakes += [mistake for group in groups for mistake in _mistakes(group)]
+    compiled = () if mistakes else rules.compile_groups(groups)
+    return CheckedFile(path, compiled, tuple(sorted(mistakes, key=_line_and_column)))
 
 
 def remarks(files: Sequence[CheckedFile], series: Iterable[Labels] | None) -> dict[Path, list[str]]:
@@ -67,3 +66,8 @@ def _mistakes(group: RuleGroup) -> Iterable[str]:
             rules.compile_groups([dataclasses.replace(group, rules=(rule,))])
         except RuleError as error:
             yield str(error)
+
+
+def _line_and_column(mistake: str) -> tuple[int, ...]:
+    place = re.search(r":(\d+):(\d+): ", mistake)
+    return tuple(map(int, place.groups())) if place else ()

@@ -48,7 +48,8 @@ def check(files: tuple[Path, ...], config_path: Path | None, state_dir: Path | N
     settings = settings_of(config_path, state_dir)
     paths = config.rule_paths(config.with_rules(settings, files))
     if not paths:
-        raise ConfigError([f"rules check: there is no rule file in {', '.join(map(str, files))}"])
+        where = ", ".join(map(str, files or settings.rules))
+        raise ConfigError([f"rules check: there is no rule file in {where}"])
     checked = [rulecheck.checked(path) for path in paths]
     remarks: dict[Path, list[str]] = {}
     if strictness != "none":

@@ -85,7 +85,7 @@ class Story:
         """A line for each rule that could not be evaluated at times."""
         for name, past in (*self.alerts.items(), *self.recorded.items()):
             if past.failures:
-                yield f"{name} failed {past.failures} times, first with: {past.failure}"
+                yield f"{name} failed {_times(past.failures)}, first with: {past.failure}"
 
 
 def data(story: Story, instants: range) -> dict[str, Any]:
@@ -127,6 +127,8 @@ def text(story: Story, instants: range) -> Iterator[str]:
     """A table of all rules, and what fired when."""
     span = f"{answers.local(instants[0])} to {answers.local(instants[-1])}"
     yield f"{len(story.alerts)} alerts from {span}, judged every {Duration(instants.step)}"
+    if not story.alerts:
+        return
     yield ""
     head = ("ALERT", "FIRED", "TOTAL", "LONGEST", "FIRST", "LAST")
     yield from answers.aligned([head, *(_row(*item, instants[-1]) for item in story.alerts.items())])
@@ -140,8 +142,9 @@ def text(story: Story, instants: range) -> Iterator[str]:
 
 def _row(name: str, past: Past, until_ms: int) -> tuple[str, ...]:
     if not past.episodes:
-        never = f"never; pending {past.pending} times" if past.pending else "never pending"
-        return name, never, "", "", "", ""
+        never = f"never; pending {_times(past.pending)}" if past.pending else "never pending"
+        failed = f"; failed {_times(past.failures)}" if past.failures else ""
+        return name, never + failed, "", "", "", ""
     lengths = _lengths(past, until_ms)
     return (
         name,
@@ -155,6 +158,10 @@ def _row(name: str, past: Past, until_ms: int) -> tuple[str, ...]:
 
 def _line(one: Episode, until_ms: int) -> tuple[str, ...]:
     end = "still fires" if one.end_ms is None else f"to {answers.local(one.end_ms)}"
-    labels = one.labels.without("alertname", "severity", "remediation")
+    labels = one.labels.without("alertname", "remediation")
     shown = f"{labels} {answers.value_text(one.value)}"
     return f"  {answers.local(one.start_ms)}", end, str(Duration(one.length_ms(until_ms))), shown
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from gpuwatch.promql import metric_of
 from gpuwatch.promql.ast import (
     Aggregation,
     Binary,
@@ -14,6 +15,7 @@ from gpuwatch.promql.ast import (
     VectorSelector,
     children,
     unwrapped,
+    walk,
 )
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ _RATES: Final = frozenset({"rate", "irate", "deriv"})
 _KEEP: Final = frozenset(
     {
         *("abs", "ceil", "floor", "round", "clamp", "clamp_max", "clamp_min"),
-        *("increase", "delta", "idelta", "predict_linear", "scalar", "histogram_quantile"),
+        *("increase", "delta", "idelta", "predict_linear", "scalar"),
         *(
             "avg_over_time",
             "first_over_time",
@@ -102,7 +104,7 @@ def unit_of(expr: Expr) -> str:
     """The unit of an expression's values, as far as that is certain; empty if not."""
     match expr:
         case VectorSelector(matchers=matchers):
-            return unit_of_metrics(m.value for m in matchers if (m.name, m.op) == ("__name__", "="))
+            return unit_of_metric(metric_of(matchers))
         case Aggregation(op=op, expr=inner):
             return "" if op in _COUNTS else unit_of(inner)
         case Call():
@@ -116,6 +118,9 @@ def unit_of(expr: Expr) -> str:
 
 def _of_call(call: Call) -> str:
     inner = [arg for arg in call.args if arg.type in {ValueType.VECTOR, ValueType.MATRIX}]
+    if call.function == "histogram_quantile":  # its values are limits of buckets, however these are counted
+        selectors = (node for node, _ in walk(inner[0]) if isinstance(node, VectorSelector))
+        return unit_of_metrics(metric_of(selector.matchers) for selector in selectors)
     if call.function in _KEEP:
         return unit_of(inner[0])
     return _by_second(unit_of(inner[0])) if call.function in _RATES else ""

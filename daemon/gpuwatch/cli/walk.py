@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from gpuwatch import promql, rules
 from gpuwatch.cli.answers import series_of
 from gpuwatch.errors import QueryError
-from gpuwatch.promql import Matcher, Series
+from gpuwatch.promql import Matcher, Series, metric_of
 from gpuwatch.promql.ast import Edge, Subquery, VectorSelector, walk
 
 if TYPE_CHECKING:
@@ -67,9 +67,8 @@ def in_order(groups: Sequence[CompiledGroup]) -> list[CompiledGroup]:
 
 def _read(group: CompiledGroup) -> set[str]:
     """The names of the metrics that a group's expressions select by name."""
-    nodes = [node for rule in group.rules for node, _ in walk(rule.expr)]
-    matchers = [m for node in nodes if isinstance(node, VectorSelector) for m in node.matchers]
-    return {m.value for m in matchers if (m.name, m.op) == ("__name__", "=")}
+    nodes = (node for rule in group.rules for node, _ in walk(rule.expr))
+    return {metric_of(node.matchers) for node in nodes if isinstance(node, VectorSelector)} - {""}
 
 
 class Past:
@@ -111,12 +110,12 @@ class Past:
             return False
         if not isinstance(node, VectorSelector):
             return True
-        name = _name(node.matchers)
+        name = metric_of(node.matchers)
         return bool(name) and name not in _OF_ALERTS and name not in self._recorded
 
     def select(self, matchers: Sequence[Matcher], after_ms: int, upto_ms: int) -> list[Series]:
         """As of any querier; hours ahead are read at once, since the next question is of a moment later."""
-        foreseen = self._foreseen.get(_name(matchers) or "")
+        foreseen = self._foreseen.get(metric_of(matchers))
         if foreseen:
             return foreseen.at(upto_ms)
         key = tuple(matchers), upto_ms - after_ms
@@ -154,16 +153,12 @@ class Past:
         return labels.metric in self._recorded
 
     def _own(self, matchers: Sequence[Matcher], after_ms: int, upto_ms: int) -> Iterator[Series]:
-        name = _name(matchers)
-        for metric in self._written.values() if name is None else (self._written.get(name, {}),):
+        name = metric_of(matchers)
+        for metric in (self._written.get(name, {}),) if name else self._written.values():
             for labels, (stamps, numbers) in metric.items():
                 first, end = bisect_right(stamps, after_ms), bisect_right(stamps, upto_ms)
                 if first < end and all(m.matches(labels.get(m.name)) for m in matchers):
                     yield Series(labels, stamps[first:end], numbers[first:end])
-
-
-def _name(matchers: Sequence[Matcher]) -> str | None:
-    return next((m.value for m in matchers if m.name == "__name__" and m.op == "="), None)
 
 
 def _slot_ms(group: CompiledGroup, now_ms: int) -> int:

@@ -1,7 +1,7 @@
 """Settings and rule files, decoded with errors that name file and line; the only YAML."""
 
 from gpuwatch.config.duration import Duration
-from gpuwatch.config.rulefiles import load_rules
+from gpuwatch.config.rulefiles import load_rules, read_rules
 from gpuwatch.config.settings import (
     DEFAULT_POLICIES,
     BudgetSettings,
@@ -45,6 +45,7 @@ __all__ = [
     "SupervisorSettings",
     "load_rules",
     "load_settings",
+    "read_rules",
     "rule_paths",
     "shown",
     "with_rules",

@@ -64,6 +64,9 @@ class NodeReader:
             if key_node.tag == _MERGE:
                 merged |= self._merged(value, allowed, what)
                 continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.mistake(key_node, f"a key of {what} must be a text")
+                continue
             key = str(key_node.value)
             if key in found:
                 self.mistake(key_node, f"{key!r} is given twice")

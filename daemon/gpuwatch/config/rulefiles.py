@@ -37,15 +37,21 @@ def load_rules(paths: Iterable[Path]) -> tuple[RuleGroup, ...]:
     groups: list[RuleGroup] = []
     mistakes: list[str] = []
     for path in paths:
-        reader = _Reader(path)
-        try:
-            groups += reader.groups()
-        except RecursionError:
-            mistakes.append(f"{path}: has a part that holds itself")
-        mistakes += reader.mistakes
+        found, wrong = read_rules(path)
+        groups += found
+        mistakes += wrong
     if mistakes:
         raise ConfigError(mistakes)
     return tuple(groups)
+
+
+def read_rules(path: Path) -> tuple[list[RuleGroup], list[str]]:
+    """What can be read of a file, and its mistakes, each `file:line:column: what`."""
+    reader = _Reader(path)
+    try:
+        return reader.groups(), reader.mistakes
+    except RecursionError:
+        return [], [*reader.mistakes, f"{path}: has a part that holds itself"]
 
 
 class _Reader(NodeReader):
@@ -123,7 +129,8 @@ class _Reader(NodeReader):
         if rule.alert and rule.record:
             self.mistake(node, f"this rule is alert {rule.alert!r} and record {rule.record!r}: it can be one")
         if not rule.expr.strip():
-            self.mistake(node, f"rule {rule.alert or rule.record!r} has no expr")
+            name = rule.alert or rule.record
+            self.mistake(node, f"rule {name!r} has no expr" if name else "this rule has no expr")
         if rule.record:
             self._check_recording(keys, rule)
 

@@ -116,7 +116,10 @@ class UnitTestFile:
 def load_unit_tests(path: Path) -> UnitTestFile:
     """The tests of a file; ConfigError with all mistakes, each `file:line:column: what`."""
     reader = _Reader(path)
-    tests = reader.file(path)
+    try:
+        tests = reader.file(path)
+    except RecursionError as error:
+        raise ConfigError([f"{path}: has a part that holds itself"]) from error
     if reader.mistakes:
         raise ConfigError(reader.mistakes)
     return tests

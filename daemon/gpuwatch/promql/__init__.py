@@ -4,7 +4,7 @@ from gpuwatch.promql.answer import Answer, AnswerValue, Limits, Remark
 from gpuwatch.promql.ast import LOOKBACK_MS, Expr, StringLiteral, Subquery, ValueType, window_ms
 from gpuwatch.promql.engine import evaluate, evaluate_range
 from gpuwatch.promql.parser import parse
-from gpuwatch.promql.selection import Matcher, Querier, Series
+from gpuwatch.promql.selection import Matcher, Querier, Series, metric_of
 
 __all__ = [
     "LOOKBACK_MS",
@@ -21,6 +21,7 @@ __all__ = [
     "ValueType",
     "evaluate",
     "evaluate_range",
+    "metric_of",
     "parse",
     "window_ms",
 ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from gpuwatch.errors import QueryError
 from gpuwatch.promql.arithmetic import greatest, least, mean, quantile, shown, total, variance
+from gpuwatch.promql.functions import sort
 from gpuwatch.promql.values import Element, Vector
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def aggregate(node: Aggregation, vector: Vector, param: float | str | None) -> V
     if node.op in {"topk", "bottomk"}:
         return [chosen for group in groups.values() for chosen in _top(node, group, param)]
     if node.op == "count_values":
+        if not param:
+            raise QueryError(f'invalid label name "{param}"', node.position)
         return _count_values(groups, str(param))
     simple = _SIMPLE.get(node.op)
     result: Vector = []
@@ -57,24 +60,18 @@ def _top(node: Aggregation, group: Vector, param: float | str | None) -> Vector:
     k = float(param or 0)
     if k < 1:
         return []
-    sign = -1 if node.op == "topk" else 1
-
-    def order(element: Element) -> tuple[bool, float]:
-        nan = math.isnan(element.value)
-        return nan, 0.0 if nan else sign * element.value
-
-    return sorted(group, key=order)[: int(min(k, len(group)))]
+    return sort(group, descending=node.op == "topk")[: int(min(k, len(group)))]
 
 
 def _count_values(groups: dict[Labels, Vector], label: str) -> Vector:
     counts: Counter[Labels] = Counter()
     for labels, group in groups.items():
         for element in group:
-            counts[labels.merged({label: _shown(element.value)})] += 1
+            counts[labels.merged({label: _spelled_out(element.value)})] += 1
     return [Element(labels, float(count)) for labels, count in counts.items()]
 
 
-def _shown(value: float) -> str:
+def _spelled_out(value: float) -> str:
     """The fewest digits that tell the value, without an exponent."""
     if not math.isfinite(value):
         return shown(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from decimal import Decimal
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -141,7 +142,13 @@ def linear_regression(at_ms: Sequence[int], values: Sequence[float], origin_ms: 
 
 
 def shown(value: float) -> str:
-    """As Go's %g has it: the fewest digits that tell the value; NaN, +Inf, -Inf."""
-    if math.isfinite(value):
+    """As Go's %g has it: the fewest digits that tell the value, with an exponent below 1e-4 and from 1e6 on.
+
+    NaN, +Inf, -Inf.
+    """
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"
+    if value == 0 or 1e-4 <= abs(value) < 1e6:
         return repr(value).removesuffix(".0")
-    return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"
+    digits = Decimal(repr(value)).normalize().as_tuple().digits
+    return f"{value:.{len(digits) - 1}e}"

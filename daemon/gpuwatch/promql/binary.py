@@ -9,6 +9,7 @@ from gpuwatch.errors import QueryError
 from gpuwatch.promql.arithmetic import ARITHMETIC, COMPARISON
 from gpuwatch.promql.ast import Binary, Cardinality, Matching
 from gpuwatch.promql.values import Element, Vector, unnamed
+from gpuwatch.records import escaped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,7 +122,7 @@ def _result_labels(node: Binary, many: Labels, one: Labels) -> Labels:
 
 
 def _braced(labels: Labels) -> str:
-    inner = ", ".join(f'{name}="{value}"' for name, value in labels)
+    inner = ", ".join(f'{name}="{escaped(value)}"' for name, value in labels)
     return f"{{{inner}}}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from gpuwatch.errors import QueryError
+from gpuwatch.promql.arithmetic import COMPARISON
 from gpuwatch.promql.ast import (
     Binary,
     Call,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 MAX_DEPTH: Final = 100
 _MAX_INSTANT_S: Final = 2**63 / 1000
-COMPARISONS: Final = frozenset({"==", "!=", ">", "<", ">=", "<="})
+COMPARISONS: Final = frozenset(COMPARISON)
 SET_OPERATORS: Final = frozenset({"and", "or", "unless"})
 _OPERANDS: Final = frozenset({ValueType.SCALAR, ValueType.VECTOR})
 

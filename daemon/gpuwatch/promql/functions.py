@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _LONGEST_LABEL: Final = 65_536
-_LABEL_NAME: Final = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 _REFERENCE: Final = re.compile(r"\$(?:(\$)|(\w+)|\{(\w+)\})", re.ASCII)
+_GROUP_NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 def _each(function: Callable[..., float]) -> Callable[..., Vector]:
@@ -49,13 +49,6 @@ def _clamp(vector: Vector, low: float, high: float) -> Vector:
     if low > high:
         return []
     return _each(lambda value: _at_least(_at_most(value, high), low))(vector)
-
-
-def _exp(value: float) -> float:
-    try:
-        return math.exp(value)
-    except OverflowError:
-        return math.inf
 
 
 def _defined(function: Callable[[float], float]) -> Callable[[float], float]:
@@ -118,7 +111,7 @@ def label_join(vector: Vector, target: str, separator: str, *sources: str) -> Ve
 
 
 def _check_label(name: str, function: str) -> None:
-    if not _LABEL_NAME.fullmatch(name):
+    if not name:  # every other text is a name since Prometheus 3
         raise QueryError(f'invalid destination label name in {function}(): "{name}"')
 
 
@@ -145,7 +138,7 @@ def _expanded(replacement: str, match: Any) -> str:  # noqa: ANN401 (re2 has no 
         name = plain or braced
         if dollar or name is None:
             return "$"
-        if name.isdigit():
+        if _GROUP_NUMBER.fullmatch(name):
             return (match.group(int(name)) or "") if int(name) <= len(match.groups()) else ""
         return groups.get(name) or ""
 
@@ -161,11 +154,9 @@ FUNCTIONS: Final[dict[str, Callable[..., Value]]] = {
     "abs": _each(abs),
     "ceil": _each(_whole(math.ceil)),
     "floor": _each(_whole(math.floor)),
-    "exp": _each(_exp),
     "ln": _each(lambda value: logarithm(value, math.log)),
     "log2": _each(lambda value: logarithm(value, math.log2)),
     "log10": _each(lambda value: logarithm(value, math.log10)),
-    "sqrt": _each(lambda value: math.sqrt(value) if value >= 0 else math.nan),
     "sgn": _each(_sign),
     "round": _each(lambda value, step=1.0: rounded(value, step)),
     "clamp": _clamp,
@@ -180,7 +171,10 @@ FUNCTIONS: Final[dict[str, Callable[..., Value]]] = {
     "pi": lambda: math.pi,
     **{
         name: _each(_defined(getattr(math, name)))
-        for name in ("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh")
+        for name in (
+            *("exp", "sqrt", "sin", "cos", "tan", "asin", "acos", "atan"),
+            *("sinh", "cosh", "tanh", "asinh", "acosh"),
+        )
     },
     "atanh": _each(_atanh),
     "deg": _each(math.degrees),

@@ -49,7 +49,7 @@ _BINDING: Final = {
     "^": 6,
 }
 _T = TypeVar("_T")
-_POWER: Final = 6  # the only operator that binds more tightly than a sign, and from right to left
+_POWER: Final = _BINDING["^"]  # the only operator that binds more tightly than a sign, and from right to left
 _NEVER_A_METRIC: Final = frozenset({"bool", "on", "ignoring", "group_left", "group_right"})
 _FILLS: Final = frozenset({"fill", "fill_left", "fill_right"})
 _CONSTANTS: Final = {"inf": float("inf"), "nan": float("nan")}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from gpuwatch.errors import QueryError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from gpuwatch.records import Labels
 
@@ -45,6 +45,11 @@ class Series:
     labels: Labels
     at_ms: Sequence[int]
     values: Sequence[float]
+
+
+def metric_of(matchers: Iterable[Matcher]) -> str:
+    """The metric that matchers name by `=`; empty if they name none."""
+    return next((m.value for m in matchers if m.name == "__name__" and m.op == "="), "")
 
 
 class Querier(Protocol):

@@ -91,11 +91,11 @@ class CompiledGroup:
 def compile_groups(groups: Sequence[RuleGroup]) -> tuple[CompiledGroup, ...]:
     """Parse all expressions and templates; RuleError with file, line and column of the first mistake."""
     seen: dict[str, list[CompiledRule]] = {}
-    return tuple(_group(group, seen) for group in groups)
+    keys: set[str] = set()
+    return tuple(_group(group, seen, keys) for group in groups)
 
 
-def _group(group: RuleGroup, seen: dict[str, list[CompiledRule]]) -> CompiledGroup:
-    keys: dict[str, int] = {}
+def _group(group: RuleGroup, seen: dict[str, list[CompiledRule]], keys: set[str]) -> CompiledGroup:
     rules = tuple(_marked(_rule(rule, group, keys), seen) for rule in group.rules)
     return CompiledGroup(
         name=group.name,
@@ -108,7 +108,7 @@ def _group(group: RuleGroup, seen: dict[str, list[CompiledRule]]) -> CompiledGro
     )
 
 
-def _rule(rule: Rule, group: RuleGroup, keys: dict[str, int]) -> CompiledRule:
+def _rule(rule: Rule, group: RuleGroup, keys: set[str]) -> CompiledRule:
     labels = {} if rule.record else _templates(rule, group, "labels", rule.labels)
     return CompiledRule(
         rule=rule,
@@ -124,11 +124,16 @@ def _rule(rule: Rule, group: RuleGroup, keys: dict[str, int]) -> CompiledRule:
     )
 
 
-def _key(rule: Rule, group: RuleGroup, keys: dict[str, int]) -> str:
+def _key(rule: Rule, group: RuleGroup, keys: set[str]) -> str:
     """File, group, name and labels, and a number for those that are the same in all of these."""
-    key = f"{rule.place.file};{group.name};{rule.alert};{rule.record}{Labels(rule.labels.items())}"
-    keys[key] = keys.get(key, 0) + 1
-    return f"{key}#{keys[key]}"
+    named = Labels([("__name__", rule.alert or rule.record), *rule.labels.items()])
+    key = first = f"{rule.place.file};{group.name}/{named}"
+    number = 1
+    while key in keys:
+        number += 1
+        key = f"{first}#{number}"
+    keys.add(key)
+    return key
 
 
 def _marked(rule: CompiledRule, seen: dict[str, list[CompiledRule]]) -> CompiledRule:

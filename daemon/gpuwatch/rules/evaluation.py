@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from gpuwatch import promql
 from gpuwatch.errors import QueryError
 from gpuwatch.records import AlertState, Labels, Transition
-from gpuwatch.rules.lifecycle import Found, advance
+from gpuwatch.rules.lifecycle import Found, advance, given_up
 from gpuwatch.rules.overlay import Overlay
 from gpuwatch.rules.templates import Context
 
@@ -26,7 +26,10 @@ SAME_SERIES: Final = "vector contains metrics with the same labelset after apply
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """What every evaluation goes by. `limits` is asked anew for each rule, so that its time begins then."""
+    """What every evaluation goes by.
+
+    `limits` is asked anew for each rule, so that its time begins then; its templates share that time.
+    """
 
     limits: Callable[[], promql.Limits] = promql.Limits
     external_labels: Mapping[str, str] = field(default_factory=dict)
@@ -38,6 +41,7 @@ class RuleFailure:
     """A rule that could not be evaluated this time. `bug` is set if nobody foresaw why."""
 
     rule: str
+    key: str
     what: str
     bug: Exception | None = None
 
@@ -49,7 +53,7 @@ class Evaluation:
     `alerts`: all of the group's pending and firing alerts after it, changed or not. `samples`: what its
     rules record, `ALERTS` and `ALERTS_FOR_STATE`, with staleness markers for series that ended. `written`:
     the series that each rule has now, by its key, for the next evaluation; a rule that failed is not named.
-    `remarks`: Prometheus' warnings and infos by the name of the rule.
+    `remarks`: Prometheus' warnings and infos, by the rule's key.
     """
 
     alerts: tuple[Alert, ...] = ()
@@ -108,6 +112,7 @@ class _Evaluator:
             external_labels=terms.external_labels,
             external_url=terms.external_url,
         )
+        self._limits = promql.Limits()  # of the rule whose turn it is
         self._known: dict[str, dict[Labels, Alert]] = {}
         for alert in active:
             if alert.state is not AlertState.RESOLVED:
@@ -130,19 +135,23 @@ class _Evaluator:
 
     def evaluate(self, rule: CompiledRule) -> None:
         had = self._had(rule)
+        self._limits = self._terms.limits()
         try:
             elements = self._elements(rule)
             series = self._recorded(rule, elements) if rule.is_recording else self._judged(rule, elements)
         except QueryError as error:
-            self._failures.append(RuleFailure(rule.name, f"{rule.rule.place}: {error.what}"))
+            self._fail(rule, error.what)
         except Exception as error:  # noqa: BLE001 (a bug that one rule meets must not blind the others)
-            self._failures.append(RuleFailure(rule.name, f"{rule.rule.place}: {error!r}", error))
+            self._fail(rule, repr(error), error)
         else:
             self._overlay.write(series)
             self._overlay.end(sorted(had - series.keys()))
             self._written[rule.key] = frozenset(series)
         for alert in self._held(rule):
-            self._alerts[alert.rule, alert.labels] = alert
+            self._alerts[alert.identity] = alert
+
+    def _fail(self, rule: CompiledRule, what: str, bug: Exception | None = None) -> None:
+        self._failures.append(RuleFailure(rule.name, rule.key, f"{rule.rule.place}: {what}", bug))
 
     def _had(self, rule: CompiledRule) -> frozenset[Labels]:
         """The series that a rule had before; after a restart those that its alerts make."""
@@ -151,10 +160,10 @@ class _Evaluator:
         return frozenset(labels for alert in self._held(rule) for labels in _series(alert))
 
     def _elements(self, rule: CompiledRule) -> Vector:
-        answer = promql.evaluate(rule.expr, self._overlay, self._query_ms, self._terms.limits())
+        answer = promql.evaluate(rule.expr, self._overlay, self._query_ms, self._limits)
         remarks = [remark.located(rule.rule.expr) for remark in (*answer.warnings, *answer.infos)]
         if remarks:
-            self._remarks[rule.name] = f"{rule.rule.place}: {'; '.join(remarks)}"
+            self._remarks[rule.key] = f"{rule.rule.place}: {'; '.join(remarks)}"
         return _vector(answer)
 
     # ---- recording rules
@@ -178,12 +187,13 @@ class _Evaluator:
         known = self._known.setdefault(rule.name, {})
         before = [alert for alert in known.values() if rule.owns(alert) or alert.labels in present]
         after, transitions = advance(rule.rule, found, before, self._now_ms, rule.mark)
-        if 0 < self._group.limit < len(after):
+        count = sum(rule.mark in alert.held_by for alert in after)
+        if 0 < self._group.limit < count:
             self._end_all(rule)
-            raise QueryError(f"exceeded limit of {self._group.limit} with {len(after)} alerts")
+            raise QueryError(f"exceeded limit of {self._group.limit} with {count} alerts")
         self._drop(before)
         known.update((alert.labels, alert) for alert in after)
-        self._alerts.update(((alert.rule, alert.labels), alert) for alert in after)
+        self._alerts.update((alert.identity, alert) for alert in after)
         self._transitions += transitions
         return {labels: value for alert in after for labels, value in _series(alert).items()}
 
@@ -193,30 +203,39 @@ class _Evaluator:
         return [alert for alert in self._known.get(rule.name, {}).values() if rule.owns(alert)]
 
     def _end_all(self, rule: CompiledRule) -> None:
-        """A rule that gives too many alerts has none."""
-        ended = self._held(rule)
-        self._drop(ended)
-        self._transitions += [Transition(alert=a, was=a.state, now=None, at_ms=self._now_ms) for a in ended]
+        """A rule that gives too many alerts has none; what another rule finds too is that one's alone."""
+        held = self._held(rule)
+        self._drop(held)
+        for alert in held:
+            if kept := given_up(alert, rule.mark):
+                self._known[alert.rule][alert.labels] = self._alerts[alert.identity] = kept
+            else:
+                end = Transition(alert=alert, was=alert.state, now=None, at_ms=self._now_ms)
+                self._transitions.append(end)
 
     def _drop(self, alerts: Iterable[Alert]) -> None:
         for alert in alerts:
             self._known[alert.rule].pop(alert.labels, None)
-            self._alerts.pop((alert.rule, alert.labels), None)
+            self._alerts.pop(alert.identity, None)
 
     def _found(self, rule: CompiledRule, labels: Labels, value: float) -> Found:
-        added = {name: text.expand(labels, value, self._context) for name, text in rule.labels.items()}
+        """QueryError if the rule's time is up, so that thousands of templates do not hold up the tick."""
+        added, annotations = (
+            {name: text.expand(labels, value, self._context) for name, text in texts.items()}
+            for texts in (rule.labels, rule.annotations)
+        )
+        if self._limits.is_over():
+            raise QueryError("its templates take too long; name fewer series, or shorten them")
         return Found(
             labels=labels.without("__name__").merged({**added, "alertname": rule.name}),
             value=value,
-            annotations={
-                name: text.expand(labels, value, self._context) for name, text in rule.annotations.items()
-            },
+            annotations=annotations,
         )
 
     def _queried(self, text: str) -> Vector:
         """What a template asks; unlike the rule's own query it is not moved by the group's offset."""
         expr = promql.parse(text)
-        return _vector(promql.evaluate(expr, self._overlay, self._now_ms, self._terms.limits()))
+        return _vector(promql.evaluate(expr, self._overlay, self._now_ms, self._limits))
 
 
 def _vector(answer: promql.Answer) -> Vector:

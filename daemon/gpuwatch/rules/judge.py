@@ -74,26 +74,38 @@ class Judge:
         """`watched_until_ms` is when the last judgement before this one was made, if that is known."""
         self.missed = 0
         self._groups = tuple(groups)
+        self.keys = frozenset(rule.key for group in groups for rule in group.rules)
         self._alerting = alerting(groups)
         self._recorded = {rule.name for group in groups for rule in group.rules if rule.is_recording}
         self._outage = outage or Outage()
         self._terms = terms or Terms()
         self._watched_until_ms = watched_until_ms
         self._watched_since_ms: int | None = None
-        self._slots: dict[str, int] = {}
+        self._slots: dict[tuple[str, int], int] = {}
         self._written: dict[str, frozenset[Labels]] = {}
         self._left: set[Labels] = set()
+        self._before: Judge | None = None
 
     def take_over(self, old: Judge) -> None:
-        """Go on where another judge stood: rules that are still there keep their state, others end."""
-        keys = {rule.key for group in self._groups for rule in group.rules}
+        """Go on where another judge stands once this one is asked: until then the other may be at work."""
+        self._before = old
+
+    def _catch_up(self) -> None:
+        if self._before is not None:
+            self._inherit(self._before)
+            self._before = None
+
+    def _inherit(self, old: Judge) -> None:
+        """Rules and groups that are still there keep their state, others end."""
+        old._catch_up()  # it may never have been asked itself
         self.missed = old.missed
         self._watched_until_ms = old._watched_until_ms
         self._watched_since_ms = old._watched_since_ms
-        self._slots = old._slots
-        self._written = {key: series for key, series in old._written.items() if key in keys}
-        gone = (series for key, series in old._written.items() if key not in keys)
-        self._left = old._left.union(*gone)
+        slots = {_slot_key(group) for group in self._groups}
+        self._slots = {key: slot_ms for key, slot_ms in old._slots.items() if key in slots}
+        self._written = {key: series for key, series in old._written.items() if key in self.keys}
+        gone = (series for key, series in old._written.items() if key not in self.keys)
+        self._left |= old._left.union(*gone)
 
     def writes(self, labels: Labels) -> bool:
         """Whether a series is of the kind that these rules write."""
@@ -105,7 +117,8 @@ class Judge:
 
     def judge(self, samples: Samples, active: Iterable[Alert], now_ms: int) -> Verdict:
         """Evaluate what is due. `active` are all pending and firing alerts so far."""
-        present = {_identity(alert): alert for alert in active}
+        self._catch_up()
+        present = {alert.identity: alert for alert in active}
         transitions = [*self._resume(present, now_ms), *self._disown(present, now_ms)]
         evaluations: dict[str, Evaluation] = {}
         for group in self._groups:
@@ -125,8 +138,8 @@ class Judge:
         self._written.update(made.written)
         for t in made.transitions:
             if t.now in {None, AlertState.RESOLVED}:
-                present.pop(_identity(t.alert), None)
-        present.update((_identity(alert), alert) for alert in made.alerts)
+                present.pop(t.alert.identity, None)
+        present.update((alert.identity, alert) for alert in made.alerts)
         if made.samples:
             written_ms = at_ms - group.query_offset_ms
             labels, values = [s.labels for s in made.samples], [s.value for s in made.samples]
@@ -141,8 +154,8 @@ class Judge:
         """
         phase_ms = now_ms % _TICK_MS
         slot_ms = group.slot_ms(now_ms - phase_ms)
-        last_ms = self._slots.get(group.key)
-        self._slots[group.key] = slot_ms
+        last_ms = self._slots.get(_slot_key(group))
+        self._slots[_slot_key(group)] = slot_ms
         if last_ms is None or now_ms == self._watched_since_ms:
             return now_ms
         self.missed += max(0, slot_ms - last_ms - 1) // max(group.interval_ms, _TICK_MS)
@@ -163,9 +176,9 @@ class Judge:
             rule = next(iter(self._owners(alert)), None)
             kept = alert if rule is None else restored(alert, rule.rule, unwatched_ms, now_ms, self._outage)
             if kept is not None:
-                present[_identity(alert)] = kept
+                present[alert.identity] = kept
             else:
-                ended.append(_ended(present.pop(_identity(alert)), now_ms))
+                ended.append(_ended(present.pop(alert.identity), now_ms))
         return ended
 
     def _disown(self, present: Present, now_ms: int) -> list[Transition]:
@@ -175,18 +188,16 @@ class Judge:
             marks = {rule.mark for rule in self._owners(alert)}
             held_by = tuple(mark for mark in alert.held_by if mark in marks)
             if not held_by:
-                ended.append(_ended(present.pop(_identity(alert)), now_ms))
+                ended.append(_ended(present.pop(alert.identity), now_ms))
             elif held_by != alert.held_by:
-                present[_identity(alert)] = dataclasses.replace(alert, held_by=held_by)
+                present[alert.identity] = dataclasses.replace(alert, held_by=held_by)
         return ended
 
     def _owners(self, alert: Alert) -> list[CompiledRule]:
         return [rule for rule in self._alerting.get(alert.rule, ()) if rule.owns(alert)]
 
     def _end_what_is_left(self, samples: Samples, now_ms: int) -> None:
-        if not self._left or any(
-            rule.key not in self._written for group in self._groups for rule in group.rules
-        ):
+        if not self._left or self.keys - self._written.keys():
             return
         ended = sorted(self._left.difference(*self._written.values()))
         self._left = set()
@@ -194,8 +205,9 @@ class Judge:
             samples.append(_TARGET, now_ms, ended, [STALE] * len(ended))
 
 
-def _identity(alert: Alert) -> tuple[str, Labels]:
-    return alert.rule, alert.labels
+def _slot_key(group: CompiledGroup) -> tuple[str, int]:
+    """With another interval a group has other slots, and begins anew."""
+    return group.key, group.interval_ms
 
 
 def _ended(alert: Alert, now_ms: int) -> Transition:

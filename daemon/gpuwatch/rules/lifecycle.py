@@ -57,6 +57,12 @@ def advance(
     return sorted(after, key=lambda alert: alert.labels), transitions
 
 
+def given_up(alert: Alert, mark: str) -> Alert | None:
+    """The alert as the other rules hold it; None if there are none."""
+    others = tuple(holder for holder in alert.held_by if holder != mark)
+    return dataclasses.replace(alert, held_by=others) if others else None
+
+
 def _present(rule: Rule, element: Found, before: Alert | None, now_ms: int, mark: str) -> Alert:
     alert = _born(rule, element, now_ms, mark) if before is None else _renewed(before, element, mark)
     if alert.state is AlertState.PENDING and now_ms - alert.active_at_ms >= rule.for_ms:
@@ -87,9 +93,8 @@ def _renewed(alert: Alert, element: Found, mark: str) -> Alert:
 
 def _absent(rule: Rule, alert: Alert, now_ms: int, mark: str) -> tuple[list[Alert], list[Transition]]:
     """The alert as it stays, or the transition that ends it."""
-    others = tuple(holder for holder in alert.held_by if holder != mark)
-    if others:
-        return [dataclasses.replace(alert, held_by=others)], []
+    if kept := given_up(alert, mark):
+        return [kept], []
     if alert.state is AlertState.PENDING:
         return [], [Transition(alert=alert, was=AlertState.PENDING, now=None, at_ms=now_ms)]
     since_ms = now_ms if alert.keep_firing_since_ms is None else alert.keep_firing_since_ms

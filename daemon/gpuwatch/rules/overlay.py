@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gpuwatch.promql import Series
+from gpuwatch.promql import Series, metric_of
 from gpuwatch.records import STALE, Sample, is_stale
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ class Overlay:
         return known + [Series(labels, [self._at_ms], [value]) for labels, value in written.items()]
 
     def _matching(self, matchers: Sequence[Matcher]) -> Iterator[tuple[Labels, float]]:
-        name = next((m.value for m in matchers if m.name == "__name__" and m.op == "="), None)
-        metrics = self._metrics.values() if name is None else [self._metrics.get(name, {})]
+        name = metric_of(matchers)
+        metrics = [self._metrics.get(name, {})] if name else self._metrics.values()
         for metric in metrics:
             for labels, value in metric.items():
                 if all(m.matches(labels.get(m.name)) for m in matchers):

@@ -105,9 +105,17 @@ def _start_began_ms(was: ServerState, supervisor: SupervisorState, now_ms: int) 
         return was.starting_since_ms
     began_ms = supervisor.started_at_ms if supervisor.pid is not None else None
     if began_ms is None:
-        began_ms = now_ms if was.starting_since_ms is None else was.starting_since_ms
+        return _unknown_start_ms(was, supervisor, now_ms)
     been_healthy = was.last_healthy_ms is not None and began_ms < was.last_healthy_ms
     return None if been_healthy else began_ms
+
+
+def _unknown_start_ms(was: ServerState, supervisor: SupervisorState, now_ms: int) -> int | None:
+    """When a process began of which nobody can tell: as it was, or when it was first seen up."""
+    if was.starting_since_ms is not None:
+        return was.starting_since_ms
+    is_as_it_was = was.supervisor.phase is supervisor.phase and was.last_healthy_ms is not None
+    return None if is_as_it_was else now_ms
 
 
 def _failing(

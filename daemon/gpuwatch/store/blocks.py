@@ -8,6 +8,7 @@ from itertools import accumulate
 from struct import Struct
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from gpuwatch.promql import metric_of
 from gpuwatch.store.layouts import is_plain
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ class Table:
 
     def find(self, matchers: Sequence[Matcher]) -> tuple[int, ...]:
         """The columns of the series that all matchers accept."""
-        names = [m.value for m in matchers if m.name == "__name__" and m.op == "="]
-        candidates = self.by_metric.get(names[0], ()) if names else range(self.width)
+        metric = metric_of(matchers)
+        candidates = self.by_metric.get(metric, ()) if metric else range(self.width)
         labels = self.layout.labels
         return tuple(c for c in candidates if all(m.matches(labels[c].get(m.name)) for m in matchers))
 

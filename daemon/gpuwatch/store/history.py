@@ -17,7 +17,7 @@ import numpy as np
 from gpuwatch.errors import StoreError
 from gpuwatch.frames import frame, rowtext
 from gpuwatch.frames.rowtext import ABSENT_BITS
-from gpuwatch.promql import Matcher, Series
+from gpuwatch.promql import Matcher, Series, metric_of
 from gpuwatch.store import seams
 from gpuwatch.store.codec import labels_of
 from gpuwatch.store.latest import latest
@@ -348,10 +348,9 @@ def _rows(
 
 def _series(connection: Connection, matchers: Sequence[Matcher]) -> dict[int, Labels]:
     """The ids and labels of the series that all matchers accept."""
-    metric = next((m.value for m in matchers if m.name == "__name__" and m.op == "="), None)
+    metric = metric_of(matchers)
     rows = connection.exec_driver_sql(
-        "SELECT id, labels FROM series" + ("" if metric is None else " WHERE metric = ?"),
-        () if metric is None else (metric,),
+        "SELECT id, labels FROM series" + (" WHERE metric = ?" if metric else ""), (metric,) if metric else ()
     )
     all_of_them = ((row[0], labels_of(row[1])) for row in rows)
     return {

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from gpuwatch.cli.lint.inventory import Inventory, metric_of, nearest
+from gpuwatch.cli.lint.inventory import Inventory, nearest
 from gpuwatch.cli.lint.labelnames import Names, names_of
 from gpuwatch.cli.lint.never import always_true, never_true
+from gpuwatch.promql import metric_of
 from gpuwatch.promql.ast import (
     Aggregation,
     Binary,

@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from gpuwatch.promql import metric_of
 from gpuwatch.records import MetricKind
 from gpuwatch.sources import catalogue
 
@@ -94,11 +95,6 @@ class Inventory:
         base = next((metric.removesuffix(end) for end in _SUFFIXES if end and metric.endswith(end)), metric)
         near = (start + end for start in (metric, base) for end in _SUFFIXES)
         return next((name for name in near if name in known), "") or nearest(metric, known)
-
-
-def metric_of(matchers: Iterable[Matcher]) -> str:
-    """The metric that a selector names; empty if it names none."""
-    return next((m.value for m in matchers if m.name == "__name__" and m.op == "="), "")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

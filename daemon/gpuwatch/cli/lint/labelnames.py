@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from gpuwatch.cli.lint.inventory import metric_of
+from gpuwatch.promql import metric_of
 from gpuwatch.promql.ast import (
     Aggregation,
     Binary,

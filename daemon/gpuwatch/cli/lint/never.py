@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
-from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from gpuwatch import promql
@@ -47,7 +47,7 @@ def never_true(expr: Expr) -> Iterator[tuple[int, str]]:
     for limits in together.values():
         operand = unwrapped(limits[0].operand)
         if not _is_possible([*limits, *_known_of(operand)]):
-            asked = " and ".join(f"{limit.op} {limit.number:g}" for limit in limits)
+            asked = " and ".join(f"{limit.op} {limit.number:.15g}" for limit in limits)
             yield (
                 limits[-1].position,
                 f"nothing is ever {asked} here{_why(operand)}, so the alert never fires",
@@ -129,9 +129,8 @@ def _function(expr: Expr) -> str:
 def _is_possible(limits: Iterable[_Limit]) -> bool:
     """Whether some value satisfies all: one of the numbers, between two of them, or beyond."""
     limits = list(limits)
-    cuts = sorted({limit.number for limit in limits})
-    between = [(low + high) / 2 for low, high in pairwise(cuts)]
-    values = [cuts[0] - 1, *cuts, *between, cuts[-1] + 1]
+    cuts = sorted({-math.inf, math.inf, *(limit.number for limit in limits if not math.isnan(limit.number))})
+    values = [*cuts, *(math.nextafter(low, math.inf) for low in cuts)]
     return any(all(limit.allows(value) for limit in limits) for value in values)
 
 

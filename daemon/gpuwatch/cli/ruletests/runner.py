@@ -156,17 +156,20 @@ class _Trial:
         what = f"{check.expr} at {Duration(check.after_ms)}"
         try:
             got = sorted(self._value(check, querier), key=_in_order)
+            expected = sorted(
+                (
+                    (dict(_read(series_of, sample.labels, sample.place)), sample.value)
+                    for sample in check.expected
+                ),
+                key=_in_order,
+            )
         except QueryError as error:
             place = place_of(check.expr_place, check.expr, error.position)
             yield Failure(place, f"{what}: {error.what}")
             return
-        expected = sorted(
-            (
-                (dict(_read(series_of, sample.labels, sample.place)), sample.value)
-                for sample in check.expected
-            ),
-            key=_in_order,
-        )
+        except RuleError as error:
+            yield Failure(error.place, f"{what}: {error.what}")
+            return
         same = _nearly_same if self._file.is_fuzzy else _same
         if len(got) != len(expected) or not all(map(same, got, expected)):
             yield Failure(check.place, what, _element_lines(expected), _element_lines(got))

@@ -72,7 +72,7 @@ def _humanize(value: Value) -> str:
     """Four digits and an SI prefix."""
     of = number(value)
     if of == 0 or not math.isfinite(of):
-        return _four_digits(of)
+        return four_digits(of)
     return _prefixed(of, _LARGE, 1000) if abs(of) >= 1 else _small(of)
 
 
@@ -80,23 +80,23 @@ def _humanize1024(value: Value) -> str:
     """Four digits and a binary prefix."""
     of = number(value)
     if abs(of) <= 1 or not math.isfinite(of):
-        return _four_digits(of)
+        return four_digits(of)
     return _prefixed(of, _LARGE_1024, 1024)
 
 
 def _humanize_percentage(value: Value) -> str:
     """A ratio as per cent, in four digits."""
-    return _four_digits(number(value) * 100) + "%"
+    return four_digits(number(value) * 100) + "%"
 
 
 def _humanize_duration(value: Value) -> str:
     """Seconds as days, hours, minutes and seconds."""
     of = number(value)
     if not math.isfinite(of):
-        return _four_digits(of)
+        return four_digits(of)
     if abs(of) < 1:
         return ("0" if of == 0 else _small(of)) + "s"
-    spelled = _spelled(int(abs(of))) or f"{_four_digits(abs(of))}s"
+    spelled = _spelled(int(abs(of))) or f"{four_digits(abs(of))}s"
     return f"-{spelled}" if of < 0 else spelled
 
 
@@ -115,20 +115,21 @@ def _spelled(seconds: int) -> str:
 def _prefixed(value: float, prefixes: Sequence[str], base: int) -> str:
     for prefix in prefixes[:-1]:
         if abs(value) < base:
-            return _four_digits(value) + prefix
+            return four_digits(value) + prefix
         value /= base
-    return _four_digits(value) + prefixes[-1]
+    return four_digits(value) + prefixes[-1]
 
 
 def _small(value: float) -> str:
     for prefix in _SMALL[:-1]:
         if abs(value) >= 1:
-            return _four_digits(value) + prefix
+            return four_digits(value) + prefix
         value *= 1000
-    return _four_digits(value) + _SMALL[-1]
+    return four_digits(value) + _SMALL[-1]
 
 
-def _four_digits(value: float) -> str:
+def four_digits(value: float) -> str:
+    """As Go's `%.4g`."""
     return show(value, _FOUR_DIGITS)
 
 

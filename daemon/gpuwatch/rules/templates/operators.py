@@ -172,7 +172,7 @@ _TWO: Final = (ANY, ANY)
 _MORE: Final = (ANY, f"...{ANY}")
 
 FUNCTIONS: Final = {
-    "and": Function(_MORE, None),  # these two evaluate no more arguments than they need: expansion.py
+    "and": Function(_MORE, None),  # these two evaluate no more arguments than they need: operands.py
     "or": Function(_MORE, None),
     "call": Function(_MORE, _call),
     "not": Function((ANY,), _not),

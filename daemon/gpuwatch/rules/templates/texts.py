@@ -95,6 +95,7 @@ def _titled(word: str) -> str:
 # ---- regular expressions
 
 _REFERENCE: Final = re.compile(rb"\$(?:(\$)|(\w+)|\{(\w+)\})")
+_GROUP_NUMBER: Final = re.compile(rb"0|[1-9][0-9]{0,8}")
 _GO_WORDS: Final = {  # google-re2's complaints as Go words them, where they differ
     "missing ]": "missing closing ]",
     "missing )": "missing closing )",
@@ -154,7 +155,7 @@ def _group(match: Any, reference: re.Match[bytes]) -> bytes:  # noqa: ANN401
         return b"$"
     name = reference[2] or reference[3]
     try:
-        found: bytes | None = match.group(int(name[:9]) if name.isdigit() else name)
+        found: bytes | None = match.group(int(name) if _GROUP_NUMBER.fullmatch(name) else name)
     except IndexError:
         return b""
     return found or b""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final, Self
 
-from gpuwatch.rules.templates.humanize import number
+from gpuwatch.rules.templates.humanize import four_digits, number
 from gpuwatch.rules.templates.literals import quote
 from gpuwatch.rules.templates.values import ANY, STRING, Fault, Function, Stringer, Value
-from gpuwatch.rules.templates.verbs import Verb, show
+from gpuwatch.rules.templates.verbs import show
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -113,7 +114,7 @@ def _decimal(count: int, size: int) -> str:
 
 def _to_time(value: Value) -> TimePointer:
     seconds = number(value)
-    if seconds != seconds or abs(seconds) == float("inf"):
+    if not math.isfinite(seconds):
         raise Fault("value is NaN or Inf")
     if abs(seconds * 1e9) > _INT64:
         shown = show(seconds)
@@ -123,8 +124,8 @@ def _to_time(value: Value) -> TimePointer:
 
 def _humanize_timestamp(value: Value) -> str:
     seconds = number(value)
-    if seconds != seconds or abs(seconds) == float("inf"):
-        return show(seconds, Verb("g", "", 0, 4))
+    if not math.isfinite(seconds):
+        return four_digits(seconds)
     return str(_to_time(value))
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from decimal import Decimal
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from gpuwatch.promql.arithmetic import shown
 from gpuwatch.rules.templates.literals import codepoint, quote, to_bytes
 from gpuwatch.rules.templates.values import Byte, Stringer, Struct, Value, go_type, is_pointer
 
@@ -169,18 +169,10 @@ def _digits(value: float, verb: Verb) -> str:
     if letter in "bxX":
         return _binary(value, letter)
     if precision is None and letter in "vgG" and "#" not in verb.flags:
-        return shortest(value).upper() if letter == "G" else shortest(value)
+        return shown(value).upper() if letter == "G" else shown(value)
     kind = "g" if letter == "v" else letter
     sharp = "#" if "#" in verb.flags else ""
     return format(value, f"{sharp}.{6 if precision is None else precision}{kind}")
-
-
-def shortest(value: float) -> str:
-    """The fewest digits that tell a finite value, with an exponent below 1e-4 and from 1e6 on."""
-    if value == 0 or 1e-4 <= abs(value) < 1e6:
-        return repr(value).removesuffix(".0")
-    digits = Decimal(repr(value)).normalize().as_tuple().digits
-    return f"{value:.{len(digits) - 1}e}"
 
 
 def _binary(value: float, letter: str) -> str:
