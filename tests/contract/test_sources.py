@@ -194,7 +194,8 @@ def test_the_catalogue_has_a_help_and_a_unit_for_every_metric():
 def test_the_sources_of_a_host_are_named_after_what_they_read():
     settings = config.Settings(servers=[config.ServerSettings(name="a"), config.ServerSettings(name="b")])
     names = [s.name for s in sources.of_host(settings)]
-    assert names == ["nvml", "nvml_static", "xid", "host", "metrics:a", "health:a", "metrics:b", "health:b"]
+    of_servers = ["metrics:a", "health:a", "metrics:b", "health:b"]
+    assert names == ["nvml", "nvml_static", "xid", "host", "allocator", *of_servers]
 
 
 def test_a_host_without_a_driver_says_so_and_goes_on(tmp_path):

@@ -204,7 +204,7 @@ settings = config.Settings(metrics=MetricsSettings(aliases=["dcgm"]))
 print(*(type(eye).__name__ for eye in sources.of_host(settings)))
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert ran.stdout.split() == ["_Named", "_Named", "_Named", "HostSource"]
+    assert ran.stdout.split() == ["_Named", "_Named", "_Named", "HostSource", "AllocatorSource"]
 
 
 # -- a real GPU, and what is written for dcgm-exporter ------------------------------------------------

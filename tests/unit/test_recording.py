@@ -118,6 +118,9 @@ def test_the_allocator_is_told_by_rank_and_is_gone_with_its_process(h200):
     samples = allocator.read(h200.start_ms + 100 * SECOND)
     assert values(samples, "cuda_allocator_reserved_bytes", "worker") == {"rank0": 24_335_351_808}
     assert values(samples, "cuda_allocator_ooms_total", "gpu") == {"0": 0}
+    assert values(samples, "cuda_allocator_ooms_total", "uuid").keys() == {
+        "GPU-00000000-0000-0000-0000-000000000000"
+    }
     assert allocator.read(h200.start_ms + 290 * SECOND) == []
 
 

@@ -12,6 +12,7 @@ import click
 import gpuwatch
 from gpuwatch import clock, daemon
 from gpuwatch.cli.db import db
+from gpuwatch.cli.guest import guest
 from gpuwatch.cli.options import (
     config_path_of,
     duration_ms,
@@ -188,6 +189,7 @@ def _word_command(word: str, verb: str, text: str) -> None:
 
 
 main.add_command(db)
+main.add_command(guest)
 main.add_command(query)
 main.add_command(rules)
 _word_command("approved", "approve", "Let a remediation that waits for approval go on.")

@@ -1,9 +1,12 @@
-"""Where samples come from: NVML, the host, vLLM's HTTP server, or a recording; decides nothing."""
+"""Where samples come from: NVML, the host, vLLM's server and processes, or a recording; decides nothing."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from gpuwatch.guest import wire
+from gpuwatch.sources.allocator import AllocatorSource
 from gpuwatch.sources.gpus import load_nvml
 from gpuwatch.sources.host import HostSource
 from gpuwatch.sources.nvml import NvmlSource, NvmlStaticSource
@@ -12,14 +15,13 @@ from gpuwatch.sources.vllm import HealthSource, MetricsSource, local_session
 from gpuwatch.sources.xid import XidSource
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from gpuwatch.config import Settings
     from gpuwatch.records import Sample
     from gpuwatch.sources.record import Recorder
     from gpuwatch.sources.recording import Recording
 
 __all__ = [
+    "AllocatorSource",
     "HealthSource",
     "HostSource",
     "MetricsSource",
@@ -59,6 +61,7 @@ def of_host(settings: Settings) -> list[Source]:
         NvmlStaticSource(nvml),
         XidSource(nvml),
         HostSource(settings.state_dir, interval_ms=every.host_interval),
+        AllocatorSource(Path(wire.folder()), nvml),
     ]
     for server in settings.servers:
         eyes += [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from gpuwatch.records import Metric, MetricKind
-from gpuwatch.sources import host, nvml, recorded, vllm, xid
+from gpuwatch.sources import allocator, host, nvml, vllm, xid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -56,5 +56,5 @@ _OWN: Final = (
     ),
 )
 
-METRICS: Final = (*_OWN, *nvml.METRICS, *xid.METRICS, *recorded.METRICS, *host.METRICS, *vllm.METRICS)
+METRICS: Final = (*_OWN, *nvml.METRICS, *xid.METRICS, *allocator.METRICS, *host.METRICS, *vllm.METRICS)
 CATALOGUE: Final[Mapping[str, Metric]] = {metric.name: metric for metric in METRICS}

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from gpuwatch.errors import SourceError
-from gpuwatch.records import Labels, Metric, MetricKind, Sample
+from gpuwatch.records import Labels, Sample
+from gpuwatch.sources.allocator import FIGURES
 from gpuwatch.sources.exposition import Exposition
 from gpuwatch.sources.gpus import FUNCTION_NOT_FOUND, GPU_IS_LOST, TIMEOUT, Nvml, load_nvml
 from gpuwatch.sources.host import host_samples
@@ -40,33 +41,6 @@ _REFUSALS: Final = frozenset(
     }
 )
 _DOUBLE: Final = 0  # NVML_VALUE_TYPE_DOUBLE
-# PyTorch's own figures (`torch.cuda.memory_stats`) and the metrics they make.
-_ALLOCATOR: Final = (
-    ("allocated_bytes.all.current", "cuda_allocator_allocated_bytes", "Bytes that live tensors take."),
-    (
-        "reserved_bytes.all.current",
-        "cuda_allocator_reserved_bytes",
-        "Bytes the allocator holds of the driver.",
-    ),
-    ("active_bytes.all.current", "cuda_allocator_active_bytes", "Bytes in blocks that are used or awaited."),
-    (
-        "inactive_split_bytes.all.current",
-        "cuda_allocator_inactive_split_bytes",
-        "Bytes in free rests of split blocks, which cannot be given back.",
-    ),
-    ("num_alloc_retries", "cuda_allocator_retries_total", "Allocations that first had to empty the cache."),
-    ("num_ooms", "cuda_allocator_ooms_total", "Allocations that failed for want of memory."),
-)
-
-METRICS: Final = tuple(
-    Metric(
-        name=name,
-        kind=MetricKind.COUNTER if name.endswith("_total") else MetricKind.GAUGE,
-        help=text,
-        labels=("gpu", "worker"),
-    )
-    for _, name, text in _ALLOCATOR
-)
 
 
 @dataclass(slots=True)
@@ -236,8 +210,9 @@ def _allocator(recording: Recording, now_ms: int) -> list[Sample]:
     values: dict[Labels, float] = {}
     for worker in (recording.present.get("torch") or {}).values():
         gpu = str(worker["device"])
-        for figure, metric, _ in _ALLOCATOR:
-            labels = Labels.of(metric, gpu=gpu, worker=f"rank{gpu}")
+        uuid = str(recording.static["devices"][int(gpu)]["nvmlDeviceGetUUID"])
+        for figure, metric, _ in FIGURES:
+            labels = Labels.of(metric, gpu=gpu, uuid=uuid, worker=f"rank{gpu}")
             values[labels] = values.get(labels, 0.0) + float(worker["stats"][figure])
     return [Sample(labels, now_ms, value) for labels, value in values.items()]
 
