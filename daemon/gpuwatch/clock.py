@@ -78,6 +78,11 @@ def monotonic_s() -> float:
     return time.monotonic()
 
 
+def thread_cpu_s() -> float:
+    """Seconds of CPU that this thread has taken."""
+    return time.thread_time()
+
+
 def monotonic_us() -> int:
     """CLOCK_MONOTONIC in microseconds: what systemd's MONOTONIC_USEC wants."""
     return time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from gpuwatch import promql
 from gpuwatch.cli.memory import Memory
+from gpuwatch.promql.arithmetic import COMPARISON
 from gpuwatch.promql.ast import Aggregation, Binary, Call, Expr, NumberLiteral, Paren, Unary, unwrapped, walk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
-_TESTS: Final[dict[str, Callable[[float, float], bool]]] = {
-    "==": operator.eq,
-    "!=": operator.ne,
-    ">": operator.gt,
-    "<": operator.lt,
-    ">=": operator.ge,
-    "<=": operator.le,
-}
 _FLIPPED: Final = {">": "<", "<": ">", ">=": "<=", "<=": ">="}
 _AT_LEAST_ONE: Final = frozenset({"count", "count_over_time"})
 _ONE: Final = frozenset({"group", "absent", "absent_over_time", "present_over_time"})
@@ -36,7 +28,7 @@ class _Limit(NamedTuple):
     position: int
 
     def allows(self, value: float) -> bool:
-        return _TESTS[self.op](value, self.number)
+        return COMPARISON[self.op](value, self.number)
 
 
 def never_true(expr: Expr) -> Iterator[tuple[int, str]]:
@@ -72,7 +64,7 @@ def _limits(expr: Expr) -> Iterator[_Limit]:
         yield from _limits(expr.left)
         if expr.op == "and" and not (expr.matching.on or expr.matching.labels):
             yield from _limits(expr.right)
-    elif expr.op in _TESTS and not expr.return_bool:
+    elif expr.op in COMPARISON and not expr.return_bool:
         left, right = _constant(expr.left), _constant(expr.right)
         if right is not None and left is None:
             yield _Limit(_valued(expr.left), expr.op, right, expr.position)
@@ -86,9 +78,9 @@ def _valued(expr: Expr) -> Expr:
     """What gives the values of an expression: `x` of `(x > 5 and y)`."""
     expr = unwrapped(expr)
     while isinstance(expr, Binary) and not expr.return_bool:
-        if expr.op in {"and", "unless"} or (expr.op in _TESTS and _constant(expr.left) is None):
+        if expr.op in {"and", "unless"} or (expr.op in COMPARISON and _constant(expr.left) is None):
             expr = unwrapped(expr.left)
-        elif expr.op in _TESTS:
+        elif expr.op in COMPARISON:
             expr = unwrapped(expr.right)
         else:
             break
