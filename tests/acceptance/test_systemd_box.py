@@ -145,6 +145,7 @@ def box():
     box = Box(os.environ.get("GPUWATCH_BOX", Path(tempfile.gettempdir()) / "gpuwatch-box"))
     booted_here = box.boot()
     box.run("systemctl", "stop", "gpuwatch", check=False)
+    shutil.rmtree(box.root / "var/cache/gpuwatch", ignore_errors=True)  # what another version compiled
     install(box)
     yield box
     box.run("systemctl", "stop", "gpuwatch", UNIT, check=False)
