@@ -249,6 +249,40 @@ class ServerState:
     reason: str = ""
 
 
+class StartOutcome(enum.StrEnum):
+    """How far a start of a server has come, or how it ended."""
+
+    STARTING = "starting"
+    HEALTHY = "healthy"
+    FAILED = "failed"  # its process ended before it was healthy
+    STOPPED = "stopped"  # somebody stopped it before it was healthy
+    UNKNOWN = "unknown"  # nobody watched its end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerStart:
+    """One life of a server's process, as its log lines tell it; a row.
+
+    `figures` by worker (`EngineCore`, `Worker_TP0`): `weights_bytes`, `kv_cache_bytes`, `cuda_graphs_bytes`,
+    `activation_peak_bytes`, `non_torch_bytes`. `facts` are the numbers of a failure, with their units.
+    """
+
+    server: str
+    began_at_ms: int  # when its process began
+    outcome: StartOutcome
+    healthy_at_ms: int | None = None
+    ended_at_ms: int | None = None  # when the process was seen gone
+    configuration: str = ""  # the same for starts of one version with the same arguments; empty: not told
+    version: str = ""
+    arguments: Mapping[str, str] = field(default_factory=dict)  # that are not vLLM's defaults, without secrets
+    figures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    kv_cache_tokens: int | None = None
+    max_concurrency: float | None = None
+    failure: str = ""  # its class, also of a process that failed after it was healthy
+    facts: Mapping[str, str] = field(default_factory=dict)
+    lines: tuple[str, ...] = ()  # what of the log said it
+
+
 class Mode(enum.StrEnum):
     """How far remediation may go by itself."""
 
