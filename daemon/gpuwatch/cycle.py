@@ -17,7 +17,6 @@ transaction: what changed is saved first, then done. Nothing here waits, reads a
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 
 from gpuwatch import notify, remediation, rules, servers
 from gpuwatch.errors import NotifyError, ServerError, SourceError, StoreError
-from gpuwatch.promql import Limits, Matcher
+from gpuwatch.promql import Limits
 from gpuwatch.records import (
     STALE,
     Alert,
@@ -35,7 +34,6 @@ from gpuwatch.records import (
     Refusal,
     Remediation,
     Sample,
-    ServerPhase,
     ServerState,
     Step,
     SupervisorPhase,
@@ -50,7 +48,7 @@ from gpuwatch.upkeep import Job, Upkeep
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from gpuwatch.config import ServerSettings, Settings
+    from gpuwatch.config import Settings
     from gpuwatch.remote_write import RemoteWriter
     from gpuwatch.sources import Source
     from gpuwatch.store import Store
@@ -60,7 +58,6 @@ log = logging.getLogger(__name__)
 TICK_MS: Final = 1000
 _TICK_GRAIN_MS: Final = 100  # a tick that comes 2 ms late must not make `for: 2s` three seconds
 _FIRST_READ_WAIT_MS: Final = 15_000
-_HEALTH_LOOKBACK_MS: Final = 15_000
 _MESSAGES_A_TURN: Final = 10
 _HISTORY: Final = 100
 _SAVED_WITHIN_MS: Final = 500
@@ -290,40 +287,12 @@ class Cycle:
         known = self.store.servers()
         states = {}
         for server in self.settings.servers:
-            was, answer = known.get(server.name), self._health(server, now_ms)
             supervisor = self._supervision.get(server.name, _UNKNOWN)
-            if answer is None:  # blind, which says nothing about the server: it stays as it was last seen
-                was = was or _unseen(server.name, now_ms)
-                states[server.name] = dataclasses.replace(was, supervisor=supervisor)
-                continue
-            states[server.name] = servers.judge(
-                was,
-                name=server.name,
-                supervisor=supervisor,
-                answer=answer,
-                now_ms=now_ms,
-                start_deadline_ms=server.start_deadline,
-            )
-            self._append(f"server:{server.name}", servers.samples(states[server.name]), now_ms)
+            state, seen = servers.look(server, known.get(server.name), supervisor, self.store, now_ms)
+            if seen:
+                self._append(f"server:{server.name}", servers.samples(state), now_ms)
+            states[server.name] = state
         return states
-
-    def _health(self, server: ServerSettings, now_ms: int) -> servers.HealthAnswer | None:
-        """The newest answer of `/health`; None if it was not asked of late."""
-        at_ms, is_late = self._newest("server_health_timeout", server.name, now_ms)
-        if is_late is None:
-            return None
-        _, is_ok = self._newest("server_health_ok", server.name, now_ms)
-        if is_late or is_ok is None:
-            return servers.HealthAnswer(servers.Health.UNKNOWN, at_ms)
-        return servers.HealthAnswer(servers.Health.OK if is_ok else servers.Health.FAILING, at_ms)
-
-    def _newest(self, metric: str, server: str, now_ms: int) -> tuple[int, float | None]:
-        """The newest sample of a server's metric, unless it ended or is old."""
-        matchers = [Matcher("__name__", "=", metric), Matcher("server", "=", server)]
-        for series in self.store.select(matchers, now_ms - _HEALTH_LOOKBACK_MS, now_ms):
-            if series.values and not is_stale(series.values[-1]):
-                return series.at_ms[-1], series.values[-1]
-        return now_ms, None
 
     def _decide(
         self, judged: _Judged, wishes: remediation.Wishes, now_ms: int
@@ -396,7 +365,7 @@ class Cycle:
         if server is None or (r.plan.server not in self.parts.supervisors and not r.plan.dry_run):
             word, by = "abort", "configuration"
         return remediation.Seen(
-            server=server or _unseen(r.plan.server, now_ms),
+            server=server or servers.unseen(r.plan.server, now_ms),
             alert_firing=any(
                 a.identity == (r.plan.alert, r.plan.alert_labels) for a in judged.verdict.firing
             ),
@@ -514,7 +483,3 @@ class Cycle:
             remediations=advanced,
             refusals=refusals,
         )
-
-
-def _unseen(name: str, now_ms: int) -> ServerState:
-    return ServerState(name=name, phase=ServerPhase.UNSEEN, since_ms=now_ms, seen_at_ms=now_ms)

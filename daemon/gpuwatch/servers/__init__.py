@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING, Final, Protocol
 
 from gpuwatch.errors import ServerError
+from gpuwatch.servers.looks import look, unseen
 from gpuwatch.servers.phase import Health, HealthAnswer, judge, samples
 from gpuwatch.servers.played import PlayedSupervisor
 from gpuwatch.servers.process import ProcessSupervisor
@@ -31,9 +32,11 @@ __all__ = [
     "Supervisor",
     "SystemdSupervisor",
     "judge",
+    "look",
     "process_of",
     "samples",
     "supervisor_of",
+    "unseen",
 ]
 
 
