@@ -37,7 +37,7 @@ def recorded_host(tmp_path_factory):
     start_ms = -(-recording.start_ms // TICK_MS) * TICK_MS
     fired = []
     with closing(assembly.open_store(given, groups, start_ms)) as store:
-        cycle = assembly.cycle(given, groups, store, start_ms, recording, voices={})
+        cycle = assembly.played(given, groups, store, start_ms, recording, {})
         for now_ms in player.walk(cycle, ManualClock(start_ms), TICK_MS):
             if cycle.last_report.at_ms == now_ms:
                 fired += [t for t in cycle.last_report.transitions if t.now is AlertState.FIRING]

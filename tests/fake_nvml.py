@@ -42,6 +42,7 @@ class FakeGpu:
     clocks_event_reasons: int = 1
     ecc_errors: dict[tuple[int, int], int] = field(default_factory=dict)
     remapped_rows: tuple[int, int, int, int] = (0, 0, 0, 0)
+    event_types: int = 0x1F  # ECC, P-states, Xid, clocks
     processes: list[tuple[int, str, int | None]] = field(default_factory=list)
     lost: bool = False
 
@@ -156,6 +157,8 @@ class FakeNvml:
 
     def nvmlDeviceRegisterEvents(self, handle, types, events):
         events.gpu = self._gpu("nvmlDeviceRegisterEvents", handle)
+        if types & ~events.gpu.event_types:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
         events.types |= types
 
     def nvmlEventSetWait_v2(self, events, timeout_ms):
@@ -234,6 +237,7 @@ _ANSWERS = {
     "nvmlDeviceGetPcieReplayCounter": lambda gpu: 0,
     "nvmlDeviceGetCurrPcieLinkGeneration": lambda gpu: 5,
     "nvmlDeviceGetCurrPcieLinkWidth": lambda gpu: 16,
+    "nvmlDeviceGetSupportedEventTypes": lambda gpu: gpu.event_types,
     "nvmlDeviceGetPerformanceState": lambda gpu: 0,
     "nvmlDeviceGetTemperatureThreshold": lambda gpu, threshold: (95, 89, 95, 87)[threshold],
     "nvmlDeviceGetMaxClockInfo": lambda gpu, clock: {1: 1980, 2: 3201}[clock],

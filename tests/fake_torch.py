@@ -1,6 +1,7 @@
 """A torch that behaves, as far as the guest can see: a caching allocator on each of some made-up GPUs.
 
 `torch.contexts` has the devices that were opened, at half a GiB each; `torch.started_by` what started CUDA.
+`torch.cuda.capture` is a CUDA graph with a pool of its own, `install_sleep_mode` vLLM's sleep mode.
 """
 
 import sys
@@ -40,7 +41,7 @@ def install(gpus=2, total_bytes=80 * GIB, *, knows_contexts=True, tells_uuids=Tr
         uuid = f"00000000-0000-0000-0000-{index:012}"
         return SimpleNamespace(uuid=uuid) if tells_uuids else SimpleNamespace()
 
-    def snapshot():
+    def snapshot(*, include_traces=True):
         return [s for i, device in enumerate(devices) for s in device.segments(i)]
 
     def empty_cache():
@@ -51,11 +52,12 @@ def install(gpus=2, total_bytes=80 * GIB, *, knows_contexts=True, tells_uuids=Tr
     cuda.is_initialized = lambda: state.initialized
     cuda.device_count = lambda: start("device_count") or gpus
     cuda.memory_stats = lambda index: asked(index, "memory_stats").stats()
-    cuda.memory_reserved = lambda index: asked(index, "memory_reserved").reserved
+    cuda.memory_reserved = lambda index: asked(index, "memory_reserved").held
     cuda.mem_get_info = lambda index: asked(index, "mem_get_info", opens=True).info()
     cuda.get_device_properties = lambda index: start("properties") or properties(index)
-    cuda.memory_snapshot = lambda: start("snapshot") or snapshot()
+    cuda.memory_snapshot = lambda **how: start("snapshot") or snapshot(**how)
     cuda.empty_cache = lambda: start("empty_cache") or empty_cache()
+    cuda.capture = lambda index, size, kept=0: devices[index].take((0, 1), size, free=size - kept)
     cuda.allocate, cuda.free = allocate, lambda index, size: devices[index].free(size)
     c._cuda_attach_out_of_memory_observer = lambda seen: start("attach") or observers.append(seen)
     if knows_contexts:
@@ -64,16 +66,60 @@ def install(gpus=2, total_bytes=80 * GIB, *, knows_contexts=True, tells_uuids=Tr
     return torch
 
 
+def install_sleep_mode(torch, *, notes=True):
+    """vLLM's `CuMemAllocator`; a vLLM that does not note who sleeps has `notes=False`."""
+    module = ModuleType("vllm.device_allocator.cumem")
+    module.CuMemAllocator = SimpleNamespace(instance=SleepMode(torch.devices, notes=notes))
+    sys.modules[module.__name__] = module
+    return module.CuMemAllocator.instance
+
+
+class SleepMode:
+    """Torch goes on counting what it unmaps; what is trimmed it forgets itself."""
+
+    def __init__(self, devices, *, notes):
+        self.devices, self.notes, self.pointer_to_data = devices, notes, {}
+
+    def put(self, tag, size, index=0):
+        pointer = self.devices[index].take((1, 0), size)
+        data = SimpleNamespace(handle=(index, size, pointer, 7), tag=tag, cpu_backup_tensor=None)
+        self.pointer_to_data[pointer] = data
+        if self.notes:
+            data.is_asleep = False
+        return pointer
+
+    def sleep(self, *offloaded):
+        for data in self.pointer_to_data.values():
+            if data.tag in offloaded:
+                data.cpu_backup_tensor = object()
+            if self.notes:
+                data.is_asleep = True
+
+    def trim(self, pointer):
+        index, size, _, _ = self.pointer_to_data.pop(pointer).handle
+        self.devices[index].private[pointer] = (1, 0), size, size
+
+
 class Device:
-    """Reserves in whole segments of 20 MiB and keeps what is freed."""
+    """Reserves in whole segments of 20 MiB and keeps what is freed; `private` are other pools."""
 
     def __init__(self, total_bytes):
         self.total_bytes, self.allocated, self.reserved, self.ever = total_bytes, 0, 0, 0
         self.retries = self.ooms = 0
+        self.private = {}  # by address: pool, size and free bytes
+
+    @property
+    def held(self):
+        return self.reserved + sum(size for _, size, _ in self.private.values())
 
     @property
     def free_bytes(self):
-        return self.total_bytes - self.reserved
+        return self.total_bytes - self.held
+
+    def take(self, pool, size, free=0):
+        address = 2**40 + sum(size for _, size, _ in self.private.values())
+        self.private[address], self.ever = (pool, size, free), self.ever + size
+        return address
 
     def allocate(self, size):
         needed = max(0, self.allocated + size - self.reserved)
@@ -98,11 +144,12 @@ class Device:
     def stats(self):
         if not self.ever:
             return {}
+        allocated = self.allocated + sum(size - free for _, size, free in self.private.values())
         return {
-            "allocated_bytes.all.current": self.allocated,
-            "reserved_bytes.all.current": self.reserved,
+            "allocated_bytes.all.current": allocated,
+            "reserved_bytes.all.current": self.held,
             "reserved_bytes.all.allocated": self.ever,
-            "active_bytes.all.current": self.allocated,
+            "active_bytes.all.current": allocated,
             "inactive_split_bytes.all.current": 3 * MIB,
             "num_alloc_retries": self.retries,
             "num_ooms": self.ooms,
@@ -113,4 +160,12 @@ class Device:
         rest = self.reserved - self.allocated
         blocks = [{"size": self.allocated, "state": "active_allocated"}, {"size": rest, "state": "inactive"}]
         if self.reserved:
-            yield {"device": index, "total_size": self.reserved, "blocks": blocks, "segment_pool_id": (0, 0)}
+            yield segment(index, 2**32, self.reserved, blocks, (0, 0))
+        for address, (pool, size, free) in self.private.items():
+            used = {"size": size - free, "state": "active_allocated"}
+            yield segment(index, address, size, [used, {"size": free, "state": "inactive"}], pool)
+
+
+def segment(index, address, size, blocks, pool):
+    told = {"device": index, "address": address, "total_size": size, "segment_type": "large"}
+    return {**told, "is_expandable": False, "segment_pool_id": pool, "blocks": blocks}

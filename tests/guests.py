@@ -71,9 +71,19 @@ class Program:
         printed, _ = self.process.communicate(timeout=30)
         return printed
 
-    def ask(self, what="figures"):
+    def ask(self, what="figures", **more):
         wait_for(self.socket.exists)
-        return client.ask(self.socket, what, within_s=10)
+        return ask(self.socket, what, **more)
+
+    def limit(self, for_s=600, **limits):
+        return self.ask("limit", for_s=for_s, **limits)
+
+
+def ask(path, what, **more):
+    (answer,) = client.ask_all({client.pid_of(path): path}, what, more=more, within_s=10).values()
+    if isinstance(answer, client.GuestError):
+        raise answer
+    return answer
 
 
 def wait_for(question, within_s=20):

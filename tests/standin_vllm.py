@@ -1,13 +1,15 @@
-"""Stands in for `vllm serve`: same routes, same ways to die; it loads no model and answers no prompt.
+"""Stands in for `vllm serve`: same routes, same ways to die; it loads no model and answers any prompt alike.
 
 An "engine" child process stands for `VLLM::EngineCore`: when it dies, /health answers 503 and the
-parent leaves with status 0 about a second later, as vLLM does. Standard library only, so that it
-runs anywhere: `python3 standin_vllm.py --port 8000 --startup 2`.
+parent leaves with status 0 about a second later, as vLLM does. While it is stopped, or the server is
+paused, requests wait and the gauges stay as they are. Standard library only, so that it runs anywhere:
+`python3 standin_vllm.py --port 8000 --startup 2`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -30,7 +32,14 @@ vllm:kv_cache_usage_perc{{engine="0",model_name="standin"}} 0.0
 # HELP vllm:generation_tokens_total Number of generation tokens processed.
 # TYPE vllm:generation_tokens_total counter
 vllm:generation_tokens_total{{engine="0",model_name="standin"}} {tokens}.0
+# HELP vllm:iteration_tokens_total Histogram of number of tokens per engine_step.
+# TYPE vllm:iteration_tokens_total histogram
+vllm:iteration_tokens_total_bucket{{engine="0",le="+Inf",model_name="standin"}} {steps}.0
+vllm:iteration_tokens_total_count{{engine="0",model_name="standin"}} {steps}.0
+vllm:iteration_tokens_total_sum{{engine="0",model_name="standin"}} {steps}.0
 """
+MODELS = '{"object":"list","data":[{"id":"standin","object":"model"}]}'
+COMPLETION = '{"object":"text_completion","choices":[{"index":0,"text":"!","finish_reason":"length"}]}'
 ENGINE = "import time\nwhile True: time.sleep(3600)"
 
 
@@ -39,9 +48,26 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
     engine: subprocess.Popen[bytes]
+    paused = False
+    steps = load = 0
 
     def engine_lives(self):
         return self.engine.poll() is None
+
+    def engine_runs(self):
+        """Neither dead nor stopped by a signal."""
+        return self.engine_lives() and stat_of(self.engine.pid) != "T"
+
+    def compute(self):
+        """One token, as soon as the engine can; False if it died."""
+        self.load += 1
+        while self.paused or not self.engine_runs():
+            if not self.engine_lives():
+                return False
+            time.sleep(0.02)
+        self.load -= 1
+        self.steps += 1
+        return True
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -50,7 +76,26 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/health":
             self.answer(200 if healthy else 503, "")
         elif self.path == "/metrics":
-            self.answer(200, METRICS.format(tokens=int(time.monotonic())))
+            self.answer(200, METRICS.format(tokens=int(time.monotonic()), steps=self.server.steps))
+        elif self.path == "/load":
+            self.answer(200, json.dumps({"server_load": self.server.load}))
+        elif self.path == "/is_paused":
+            while not self.server.engine_runs():
+                time.sleep(0.02)
+            self.answer(200, json.dumps({"is_paused": self.server.paused}))
+        elif self.path == "/v1/models":
+            self.answer(200, MODELS)
+        else:
+            self.answer(404, '{"detail":"Not Found"}')
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        route = self.path.partition("?")[0]
+        if route in {"/pause", "/resume"}:
+            self.server.paused = route == "/pause"
+            self.answer(200, '{"status":"ok"}')
+        elif route == "/v1/completions":
+            self.answer(200, COMPLETION) if self.server.compute() else self.answer(500, "{}")
         else:
             self.answer(404, '{"detail":"Not Found"}')
 
@@ -72,6 +117,14 @@ def follow(server, death_delay_s):
     print("ERROR: EngineCore died", flush=True)
     time.sleep(death_delay_s)
     server.shutdown()
+
+
+def stat_of(pid):
+    """The state letter of a process; empty if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
+    except OSError:
+        return ""
 
 
 def start_engine():

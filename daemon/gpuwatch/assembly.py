@@ -86,34 +86,53 @@ def cycle(
     groups: Sequence[rules.CompiledGroup],
     store: Store,
     started_at_ms: int,
-    recording: Recording | None = None,
-    *,
-    voices: Mapping[str, notify.Notifier] | None = None,
+    trees: sources.Trees | None = None,
 ) -> Cycle:
-    """The straight line of this host, or of a recorded one; `voices` replaces the settings' receivers."""
-    hands: Mapping[str, servers.Supervisor]
-    if recording:
-        name = settings.servers[0].name
-        eyes = sources.aliased(recording.sources(name), settings)
-        hands = {name: servers.PlayedSupervisor(recording.has_server_process)}
-    else:
-        eyes = sources.of_host(settings)
-        hands = {
-            s.name: servers.supervisor_of(s, settings.state_dir) for s in settings.servers if s.supervisor
-        }
+    """The straight line of this host; `trees` is what was known of its servers' processes before a reload."""
+    trees = trees or sources.Trees()
+    probes = sources.probes_of(settings)
+    supervised = [server for server in settings.servers if server.supervisor]
     return Cycle(
         Parts(
             settings=settings,
             store=store,
-            sources=eyes,
+            sources=[*sources.of_host(settings, trees), *probes.values()],
             groups=groups,
-            supervisors=hands,
-            notifiers=notify.of_settings(settings.receivers, clock.SystemClock())
-            if voices is None
-            else voices,
+            supervisors={s.name: servers.supervisor_of(s, settings.state_dir) for s in supervised},
+            notifiers=notify.of_settings(settings.receivers, clock.SystemClock()),
+            started_at_ms=started_at_ms,
+            jitter=random.random,
+            writers=remote_writers(settings),
+            limits=rule_limits,
+            trees=trees,
+            probes=probes,
+            starts={s.name: servers.start_watch_of(s, settings.state_dir) for s in supervised},
+        )
+    )
+
+
+def played(
+    settings: Settings,
+    groups: Sequence[rules.CompiledGroup],
+    store: Store,
+    started_at_ms: int,
+    recording: Recording,
+    voices: Mapping[str, notify.Notifier] | None = None,
+) -> Cycle:
+    """The straight line of a recorded host; `voices` replaces the settings' receivers."""
+    name = settings.servers[0].name
+    if voices is None:
+        voices = notify.of_settings(settings.receivers, clock.SystemClock())
+    return Cycle(
+        Parts(
+            settings=settings,
+            store=store,
+            sources=sources.aliased(recording.sources(name), settings),
+            groups=groups,
+            supervisors={name: servers.PlayedSupervisor(recording.has_server_process)},
+            notifiers=voices,
             started_at_ms=started_at_ms,
             jitter=random.random,
             limits=rule_limits,
-            writers={} if recording else remote_writers(settings),
         )
     )

@@ -7,6 +7,7 @@ transaction: what changed is saved first, then done. Nothing here waits, reads a
 |-----------------------------------|-------------------------|
 | what a reading is                 | `sources`               |
 | whether a server is down          | `servers.phase`         |
+| whether tokens still come         | `servers.progress`      |
 | when a rule is evaluated          | `rules.judge`           |
 | whether an alert fires            | `rules.lifecycle`       |
 | whether something is done, what   | `remediation.planner`   |
@@ -41,6 +42,7 @@ from gpuwatch.records import (
     Transition,
     is_stale,
 )
+from gpuwatch.sources import Trees
 from gpuwatch.store import Changes
 from gpuwatch.troubles import Troubles
 from gpuwatch.upkeep import Job, Upkeep
@@ -48,27 +50,29 @@ from gpuwatch.upkeep import Job, Upkeep
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from gpuwatch.config import Settings
+    from gpuwatch.config import ServerSettings, Settings
     from gpuwatch.remote_write import RemoteWriter
-    from gpuwatch.sources import Source
+    from gpuwatch.sources import ProbeSource, Source
     from gpuwatch.store import Store
 
 log = logging.getLogger(__name__)
 
 TICK_MS: Final = 1000
+_START_MS: Final = 2000
 _TICK_GRAIN_MS: Final = 100  # a tick that comes 2 ms late must not make `for: 2s` three seconds
 _FIRST_READ_WAIT_MS: Final = 15_000
 _MESSAGES_A_TURN: Final = 10
 _HISTORY: Final = 100
 _SAVED_WITHIN_MS: Final = 500
 # What gpuwatch says itself; every other series comes from a source.
-_OWN: Final = ("ALERTS", "gpuwatch_", "server_down", "server_phase", "server_start_time_seconds")
+_OWN: Final = ("ALERTS", "gpuwatch_", "server_down", "server_phase", "server_stopping", "server_start_time")
+_OF_SERVERS: Final = ("server", "progress", "start")  # targets
 _UNKNOWN: Final = SupervisorState(phase=SupervisorPhase.UNKNOWN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What the straight line is made of; `receivers` and `supervisors` by name."""
+    """What the straight line is made of; what belongs to one server by the server's name."""
 
     settings: Settings
     store: Store
@@ -80,6 +84,9 @@ class Parts:
     jitter: Callable[[], float]
     writers: Mapping[str, RemoteWriter] = field(default_factory=dict)
     limits: Callable[[], Limits] = Limits
+    trees: Trees = field(default_factory=Trees)
+    probes: Mapping[str, ProbeSource] = field(default_factory=dict)
+    starts: Mapping[str, servers.StartWatch] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +139,9 @@ class Cycle:
         jobs += [
             Job(f"observe:{name}", TICK_MS, partial(self.observe, name)) for name in self.parts.supervisors
         ]
+        jobs += [
+            Job(f"start:{name}", _START_MS, partial(self.read_start, name)) for name in self.parts.starts
+        ]
         # One after the other within a second: what was read is judged, and what was judged is told, at once.
         jobs += [Job("tick", TICK_MS, self.tick, offset_ms=300, worker=False)]
         jobs += [
@@ -159,7 +169,8 @@ class Cycle:
         self._watched_since_ms = old._watched_since_ms
         self.troubles = old.troubles
         self._series = old._series
-        here = {s.name for s in self.parts.sources} | {f"server:{s.name}" for s in self.settings.servers}
+        here = {s.name for s in self.parts.sources}
+        here |= {f"{kind}:{s.name}" for s in self.settings.servers for kind in _OF_SERVERS}
         self._gone = old._series.keys() - here - {"gpuwatch", "ended"}
         self._supervision = old._supervision
         self.judge.take_over(old.judge)
@@ -185,10 +196,24 @@ class Cycle:
         """Ask a server's supervisor what it sees."""
         try:
             self._supervision[name] = self.parts.supervisors[name].observe(now_ms)
+            self.parts.trees.set_root(name, self._supervision[name].pid)
             self.troubles.say(f"supervisor of {name}", "")
         except ServerError as error:
             self._supervision[name] = SupervisorState(phase=SupervisorPhase.UNKNOWN, detail=str(error))
             self.troubles.say(f"supervisor of {name}", str(error))
+
+    def read_start(self, name: str, now_ms: int) -> None:
+        """Read on in a server's log while it starts, and keep what it says."""
+        state = self.store.servers().get(name)
+        if state is None:
+            return
+        watch = self.parts.starts[name]
+        start = watch.look(state, self.store.starts(name, limit=2), now_ms)
+        self.troubles.say(f"log of {name}", watch.trouble)
+        if start:
+            self.store.save(Changes(starts=[start]), None)
+        known = self.store.starts(name, limit=2)
+        self._append(f"start:{name}", servers.start_samples(known, now_ms), now_ms)
 
     # -- tick: judge, decide, act ----------------------------------------------------------------
 
@@ -198,7 +223,6 @@ class Cycle:
         self._notice_jump(now_ms)
         if self._has_unread() and now_ms - self._watched_since_ms < _FIRST_READ_WAIT_MS:
             return self.last_report  # judging what was not yet read would end alerts that go on
-        self._end_what_went_unseen(now_ms)
         wishes = self._wishes()
         judged = self._judge(now_ms)
         decisions, begun = self._decide(judged, wishes, now_ms)
@@ -250,9 +274,8 @@ class Cycle:
 
         Else what ended then would live on for the five minutes that a query looks back.
         """
-        for target in self._gone:
-            self._append(target, [], now_ms)
-        self._gone = set()
+        while self._gone:
+            self._append(self._gone.pop(), [], now_ms)
         if self._all_seen or self._has_unread():
             return
         self._all_seen = True
@@ -266,6 +289,7 @@ class Cycle:
     def _judge(self, now_ms: int) -> _Judged:
         """Which phase each server is in, and which alerts are active."""
         states = self._judge_servers(now_ms)
+        self._end_what_went_unseen(now_ms)
         verdict = self.judge.judge(self.store, self.store.active_alerts(), now_ms)
         for evaluation in verdict.evaluations.values():
             self._say_of_rules(evaluation)
@@ -288,11 +312,22 @@ class Cycle:
         states = {}
         for server in self.settings.servers:
             supervisor = self._supervision.get(server.name, _UNKNOWN)
-            state, seen = servers.look(server, known.get(server.name), supervisor, self.store, now_ms)
+            state, seen = servers.observed(server, known.get(server.name), supervisor, self.store, now_ms)
             if seen:
                 self._append(f"server:{server.name}", servers.samples(state), now_ms)
+            self._judge_progress(server, state, now_ms)
             states[server.name] = state
         return states
+
+    def _judge_progress(self, server: ServerSettings, state: ServerState, now_ms: int) -> None:
+        """Whether the server works, and what it is to be asked if that cannot be told."""
+        probe = self.parts.probes.get(server.name)
+        every_ms = server.canary.interval if probe and server.canary.enabled else None
+        evidence = servers.evidence(self.store, state, now_ms=now_ms, canary_interval_ms=every_ms)
+        progress = servers.judge_progress(evidence, canary_interval_ms=every_ms)
+        self._append(f"progress:{server.name}", servers.progress_samples(progress), now_ms)
+        if probe:
+            probe.ask(progress.wants)
 
     def _decide(
         self, judged: _Judged, wishes: remediation.Wishes, now_ms: int

@@ -274,7 +274,9 @@ class ServerStart:
     ended_at_ms: int | None = None  # when the process was seen gone
     configuration: str = ""  # the same for starts of one version with the same arguments; empty: not told
     version: str = ""
-    arguments: Mapping[str, str] = field(default_factory=dict)  # that are not vLLM's defaults, without secrets
+    arguments: Mapping[str, str] = field(
+        default_factory=dict
+    )  # that are not vLLM's defaults, without secrets
     figures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     kv_cache_tokens: int | None = None
     max_concurrency: float | None = None

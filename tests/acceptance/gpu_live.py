@@ -26,8 +26,7 @@ from bench.run import unit_environment  # noqa: E402
 from tests.demo import slack_lines  # noqa: E402
 from tests.receivers import DingTalkStandIn, SlackStandIn  # noqa: E402
 
-from gpuwatch import store  # noqa: E402
-from gpuwatch.sources import catalogue  # noqa: E402
+from gpuwatch import catalogue, store  # noqa: E402
 from gpuwatch.sources.readings import READINGS  # noqa: E402
 
 PORT = 8000

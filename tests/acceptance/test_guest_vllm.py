@@ -1,10 +1,15 @@
-"""The guest in a real vLLM server without GPU: in each of its processes, and in nobody's way."""
+"""The guest in a real vLLM server without GPU: in each process, in nobody's way, and its limits kept."""
 
 import contextlib
+import itertools
+import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -12,7 +17,7 @@ import pytest
 import requests
 from click.testing import CliRunner
 from tests.fake_nvml import FakeNvml
-from tests.guests import wait_for
+from tests.guests import ask, wait_for
 
 from gpuwatch import cli
 from gpuwatch.guest import client
@@ -47,17 +52,21 @@ def model():
 
 @pytest.fixture
 def guests(tmp_path):
+    return install(tmp_path)
+
+
+def install(root):
     """The folder of the sockets; the guest is installed beside it."""
-    folder = tmp_path / "guests"
+    folder = root / "guests"
     folder.mkdir()
-    assert CliRunner().invoke(cli.main, ["guest", "install", str(tmp_path / "lib")]).exit_code == 0
+    assert CliRunner().invoke(cli.main, ["guest", "install", str(root / "lib")]).exit_code == 0
     return folder
 
 
 class Server:
     """A vLLM server with the guest on its path, and all processes that it had."""
 
-    def __init__(self, model, guests, **env):
+    def __init__(self, model, guests, *options, **env):
         self.log = guests.parent / f"vllm{len(list(guests.parent.glob('vllm*.log')))}.log"
         env = {
             **os.environ,
@@ -66,7 +75,7 @@ class Server:
             "GPUWATCH_GUEST_DIR": str(guests),
             **env,
         }
-        command = ["bash", TOOL, "serve", model, "--port", str(PORT)]
+        command = ["bash", TOOL, "serve", model, "--port", str(PORT), *options]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -168,3 +177,185 @@ def check_stale_sockets(guests, server, answers):
             process.wait(20)
     source.read(60_000)
     assert client.listed(guests) == {}
+
+
+# -- live limits -------------------------------------------------------------------------------------------
+
+MOST, URL = 8, f"http://127.0.0.1:{PORT}"
+COMPLETION = {"model": "m", "temperature": 0, "ignore_eos": True}
+
+
+class Limited(Server):
+    """A server that runs 8 requests at once, with a door; its guests by role."""
+
+    def __init__(self, model, guests):
+        door = "gpuwatch_guest.admission.Admission"
+        told = "--enable-logging-iteration-details"
+        super().__init__(model, guests, "--max-num-seqs", str(MOST), "--middleware", door, told)
+        self.guests = guests
+
+    def __enter__(self):
+        super().__enter__()
+        self.pids = {answer["role"]: pid for pid, answer in figures(self.guests).items()}
+        return self
+
+    def ask(self, role, what="figures", **more):
+        return ask(self.guests / f"{self.pids[role]}.sock", what, **more)
+
+    def engine(self):
+        return self.ask("engine_core")["engine"]
+
+    def door(self):
+        return self.ask("api_server")["admission"]
+
+    def limit(self, *words):
+        words = ("guest", "limit", str(self.pids["api_server"]), "--folder", str(self.guests), *words)
+        done = CliRunner().invoke(cli.main, words)
+        assert done.exit_code == 0, done.output
+
+    def metrics(self):
+        """Values by name, with `le` for buckets; the last of a name counts."""
+        text = requests.get(f"{URL}/metrics", timeout=20).text
+        lines = re.findall(r'^vllm:(\w+){(?:.*le="([^"]+)"|[^}]*)[^}]*} (\S+)$', text, re.MULTILINE)
+        return {(name, bound): float(value) for name, bound, value in lines}
+
+    def steps(self):
+        """The tokens of each step; vLLM's histogram has a prompt as a whole in the step of its last piece."""
+        found = re.findall(r"(\d+) context tokens, .* (\d+) generation tokens", self.log.read_text())
+        return [int(context) + int(generation) for context, generation in found]
+
+
+@pytest.fixture(scope="module")
+def shared_server(model, tmp_path_factory):
+    with Limited(model, install(tmp_path_factory.mktemp("limited"))) as server:
+        yield server
+        assert "Traceback" not in server.log.read_text()
+
+
+@pytest.fixture
+def limited(shared_server):
+    yield shared_server
+    shared_server.limit("--lift")
+    wait_for(lambda: shared_server.engine()["running"] == 0, 120)
+
+
+PROMPTS_MADE = itertools.count(3)
+
+
+def complete(most, prompt=8):
+    """How many tokens came; no two prompts have a beginning in common that could be cached."""
+    body = {**COMPLETION, "prompt": [next(PROMPTS_MADE) % 500] * prompt, "max_tokens": most}
+    answer = requests.post(f"{URL}/v1/completions", json=body, timeout=300)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["usage"]["completion_tokens"]
+
+
+@contextlib.contextmanager
+def load(server, *lengths, prompt=8):
+    """As many requests, let go together; in the end each must have had all its tokens."""
+    server.limit("--running", "0")
+    with ThreadPoolExecutor(len(lengths)) as pool:
+        came = [pool.submit(complete, length, prompt) for length in lengths]
+        wait_for(lambda: server.engine()["waiting"] == len(lengths), 60)
+        yield
+        assert [future.result() for future in came] == list(lengths)
+
+
+def running(server, until):
+    """The counts of running requests as they changed, up to `until`."""
+    counts = [server.engine()["running"]]
+
+    def is_reached():
+        with contextlib.suppress(client.GuestError):  # a busy host may be late by the half second it has
+            counts.append(server.engine()["running"])
+        return counts[-1] == until
+
+    wait_for(is_reached, 120)
+    return [count for count, _ in itertools.groupby(counts)]
+
+
+def test_a_cap_under_load_drains_and_lifts_and_no_request_fails(limited):
+    before = limited.answers()
+    with load(limited, *range(200, 840, 80), *[880] * 32):
+        assert limited.engine()["running"] == 0
+        limited.limit("--lift")
+        assert running(limited, MOST)[-1] == MOST
+        limited.limit("--running", "2")
+        drained = running(limited, 2)
+        print("drained", drained, limited.engine())
+        assert drained == sorted(drained, reverse=True)
+        assert len(drained) > 2
+        gauges = wait_for(lambda: (m := limited.metrics())["num_requests_running", ""] == 2 and m)
+        assert gauges["num_requests_waiting", ""] > 2
+        limited.limit("--lift")
+        running(limited, MOST)
+    assert limited.metrics()["num_preemptions_total", ""] == 0
+    assert limited.answers() == before
+
+
+def test_a_cap_that_nobody_renews_lapses(limited):
+    with load(limited, *[900] * 60):
+        limited.ask("engine_core", "limit", running=1, for_s=20)
+        print(running(limited, 1), running(limited, MOST))
+        assert limited.engine()["limits"] == {}
+
+
+def test_a_cap_on_tokens_makes_steps_smaller_and_no_request_fails(limited):
+    largest = []
+    for words in (("--lift",), ("--tokens", "256", "--for", "2m"), ("--lift",)):
+        done = len(limited.steps())
+        with load(limited, *[4] * 16, prompt=700):
+            limited.limit(*words)
+        largest.append(max(limited.steps()[done:]))
+    print("largest steps", largest)
+    assert largest[1] <= 256
+    assert min(largest[0], largest[2]) >= 700
+
+
+def test_a_closed_door_answers_503_and_streams_in_flight_finish(limited):
+    limited.limit("--running", "0")
+    streams = [stream(max_tokens=900) for _ in range(3)]
+    wait_for(lambda: limited.door()["in_flight"] == 3)
+    limited.limit("--admission", "2")
+    refused = requests.post(f"{URL}/v1/completions", json={**COMPLETION, "prompt": "x"}, timeout=20)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+    assert refused.json()["error"]["code"] == 503
+    for path in ("/health", "/metrics", "/v1/models"):
+        assert requests.get(URL + path, timeout=20).status_code == 200
+    assert requests.post(f"{URL}/tokenize", json={"model": "m", "prompt": "x"}, timeout=20).status_code == 200
+    for one in streams:
+        *_, usage, end = [line.removeprefix(b"data: ") for line in one.iter_lines() if line]
+        assert (json.loads(usage)["usage"]["completion_tokens"], end) == (900, b"[DONE]")
+    wait_for(lambda: limited.door() == {"in_flight": 0, "limit": 2, "refused": 1})
+    assert complete(3) == 3
+    limited.limit("--lift")
+
+
+def stream(**more):
+    body = {**COMPLETION, "prompt": [5] * 8, "stream": True, "stream_options": {"include_usage": True}}
+    answer = requests.post(f"{URL}/v1/completions", json={**body, **more}, stream=True, timeout=300)
+    assert answer.status_code == 200
+    return answer
+
+
+def test_clients_that_hang_up_are_no_more_in_flight(limited):
+    limited.limit("--running", "0")
+    streams = [stream(max_tokens=900) for _ in range(4)]
+    body = json.dumps({**COMPLETION, "prompt": [5] * 8, "max_tokens": 900}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}"
+    with socket.create_connection(("127.0.0.1", PORT)) as plain:
+        plain.sendall(head.encode() + b"\r\n\r\n" + body)
+        wait_for(lambda: limited.door()["in_flight"] == 5)
+        for one in streams:
+            one.close()
+    wait_for(lambda: limited.door()["in_flight"] == 0)
+    wait_for(lambda: limited.engine()["waiting"] == 0)
+
+
+def test_a_pause_is_known_while_the_engine_is_in_it(limited):
+    assert limited.engine()["paused"] is False
+    assert requests.post(f"{URL}/pause?mode=keep", timeout=20).status_code == 200
+    assert limited.engine()["paused"] is True
+    assert requests.post(f"{URL}/resume", timeout=20).status_code == 200
+    assert limited.engine()["paused"] is False

@@ -20,11 +20,11 @@ from tests.fake_torch import MIB
 from tests.guests import REGISTER, ROOT, TORCH, Program, wait_for
 
 from gpuwatch import cli
+from gpuwatch.catalogue import CATALOGUE
 from gpuwatch.errors import SourceError
 from gpuwatch.guest import client
 from gpuwatch.guest.client import GuestError
 from gpuwatch.sources import AllocatorSource
-from gpuwatch.sources.catalogue import CATALOGUE
 
 UUID = "GPU-00000000-0000-0000-0000-000000000001"
 WITH_TORCH = TORCH.format(f"gpus=2, total_bytes=100 * {MIB}") + REGISTER
@@ -155,6 +155,12 @@ def test_the_figures_of_a_process_have_its_gpus_index_and_uuid(tmp_path):
             ("allocator_retries_total", "process"): 0,
             ("allocator_ooms_total", "process"): 0,
             ("oom_events_total", "process"): 0,
+            ("allocator_slack_bytes", "process"): 10 * MIB,
+            ("allocator_largest_free_block_bytes", "process"): 10 * MIB,
+            ("allocator_fragments_bytes", "process"): 10 * MIB,
+            ("allocator_releasable_bytes", "process"): 0,
+            ("allocator_fragmentation_ratio", "process"): 0.25,
+            ("graph_pool_bytes", "process"): 0,
         }
         assert {(s.labels.get("gpu"), s.labels.get("uuid")) for s in source.read(1)} == {("1", UUID)}
 
@@ -185,8 +191,11 @@ def test_an_oom_of_a_process_that_is_gone_is_counted_once_with_what_was_asked_an
         program.begin(f"exec({OOM_AND_DIE!r})")
         assert program.process.wait(20) == -signal.SIGKILL
         for now_ms in (1000, 2000, 60_000):
-            assert read(source, now_ms) == {
+            figures = read(source, now_ms)
+            assert figures.pop(("oom_time_seconds", "process")) > 0
+            assert figures == {
                 ("oom_events_total", "process"): 1,
+                ("oom_limit_bytes", "process"): 100 * MIB,
                 ("oom_asked_bytes", "process"): 90 * MIB,
                 ("oom_free_bytes", "process"): 60 * MIB,
             }

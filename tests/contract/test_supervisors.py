@@ -181,7 +181,8 @@ def test_starting_a_running_server_changes_nothing(host):
 def test_its_output_is_appended_to_its_log(host):
     (host.folder / "standin.log").write_text("before\n")
     host.start()
-    assert (host.folder / "standin.log").read_text().startswith("before\nINFO: EngineCore pid=")
+    log = (host.folder / "standin.log").read_text()
+    assert log.startswith("before\ngpuwatch: life of standin begins, 1000000\nINFO: EngineCore pid=")
 
 
 def test_it_has_the_environment_that_was_given_and_no_other(host):

@@ -10,7 +10,7 @@ from tests.fake_nvml import GIB, FakeNvml
 
 from gpuwatch import config, promql, sources
 from gpuwatch.errors import ConfigError
-from gpuwatch.sources import NvmlSource, NvmlStaticSource, XidSource
+from gpuwatch.sources import EventSource, NvmlSource, NvmlStaticSource
 from gpuwatch.sources.dcgm import ALIASES, LAST_XID, USED_SHARE, with_dcgm_names
 
 ROOT = Path(__file__).parents[2]
@@ -94,7 +94,7 @@ def busy(nvml):
 
 def eyes_of(nvml):
     """The aliased sources in an order in which `nvml_static` is read first."""
-    return with_dcgm_names([NvmlStaticSource(nvml), NvmlSource(nvml, names=nvml), XidSource(nvml)], "gpu-7")
+    return with_dcgm_names([NvmlStaticSource(nvml), NvmlSource(nvml, names=nvml), EventSource(nvml)], "gpu-7")
 
 
 def aliases(eyes, now_ms=0):
@@ -129,7 +129,7 @@ def test_aliases_ask_nvml_nothing():
     nvml, beside = FakeNvml(), FakeNvml()
     for now_ms in (0, SECOND):
         aliases(eyes_of(nvml), now_ms)
-        for source in (NvmlStaticSource(beside), NvmlSource(beside, names=beside), XidSource(beside)):
+        for source in (NvmlStaticSource(beside), NvmlSource(beside, names=beside), EventSource(beside)):
             source.read(now_ms)
     assert nvml.calls == beside.calls
 
@@ -198,13 +198,13 @@ def test_sources_are_aliased_only_where_it_is_asked_for():
 import sys
 from gpuwatch import config, sources
 from gpuwatch.config.settings import MetricsSettings
-sources.of_host(config.Settings())
+sources.of_host(config.Settings(), sources.Trees())
 assert "gpuwatch.sources.dcgm" not in sys.modules
 settings = config.Settings(metrics=MetricsSettings(aliases=["dcgm"]))
-print(*(type(eye).__name__ for eye in sources.of_host(settings)))
+print(*(type(eye).__name__ for eye in sources.of_host(settings, sources.Trees()) if eye.name != "kernel"))
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert ran.stdout.split() == ["_Named", "_Named", "_Named", "HostSource", "AllocatorSource"]
+    assert ran.stdout.split() == [*["_Named"] * 3, "HostSource", "ProcessesSource", "AllocatorSource"]
 
 
 # -- a real GPU, and what is written for dcgm-exporter ------------------------------------------------

@@ -1,7 +1,10 @@
 """The guest in a process of its own: what it says, that it starts nothing, and that it does no harm."""
 
 import ast
+import asyncio
 import contextlib
+import json
+import math
 import os
 import signal
 import socket
@@ -10,10 +13,13 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests import fake_scheduler
 from tests.fake_torch import MIB
-from tests.guests import REGISTER, ROOT, TORCH, Program, environment, sockets, wait_for
+from tests.guests import LOOP, REGISTER, ROOT, TORCH, Program, ask, environment, sockets, wait_for
 
-from gpuwatch.guest import client, wire
+from gpuwatch.guest import admission, client, limits, scheduler, wire
 
 GUEST = ROOT / "daemon/gpuwatch/guest"
 WITH_TORCH = TORCH.format("gpus=2, total_bytes=100 * 2**20") + REGISTER
@@ -118,7 +124,7 @@ def test_stacks_show_where_a_main_thread_hangs(tmp_path):
 
 
 def test_a_question_that_it_does_not_know_is_refused_by_name(tmp_path):
-    known = "no more than figures, snapshot, stacks, release"
+    known = "no more than figures, snapshot, stacks, release, limit"
     with Program(tmp_path) as program, pytest.raises(client.GuestError, match=known):
         program.ask("exit")
 
@@ -276,6 +282,505 @@ def test_any_script_or_module_can_be_run_with_it(tmp_path):
 
 SHOW = "print(threading.enumerate()[-1].name, sys.argv[1:], __name__)\nsys.exit(7)\n"
 
+# -- live limits: the engine ---------------------------------------------------------------------------
+
+ENGINE = """
+import sys, types
+from tests import fake_scheduler
+fake_scheduler.install(fake_scheduler.{})
+engine = types.SimpleNamespace(scheduler=fake_scheduler.{}())
+scheduler = engine.scheduler
+"""
+OLD, NEW = ENGINE.format("Scheduler", "Scheduler"), ENGINE.format("ApartScheduler", "ApartScheduler")
+# As vLLM's engine: the main thread is in a loop whose only variable is the engine.
+BUSY_LOOP = """
+sys.modules["vllm.v1.engine.core"] = types.ModuleType("vllm.v1.engine.core")
+loop = '''
+def run_busy_loop(self):
+    exec(LOOP, globals())
+'''
+exec(compile(loop, "/venv/vllm/v1/engine/core.py", "exec"))
+"""
+IN_LOOP = f"{BUSY_LOOP}LOOP = {LOOP!r}\nrun_busy_loop(engine)\n"
+UNTOUCHED = (
+    "print(fake_scheduler.Scheduler.schedule.__qualname__, hasattr(type(scheduler).schedule, 'of_gpuwatch'))"
+)
+
+
+@pytest.fixture
+def fresh():
+    """No limit before, none after, and no vLLM."""
+    yield
+    limits.HELD.limits = limits.NONE
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+        del sys.modules[name]
+
+
+def hold(for_s=600, **asked):
+    limits.HELD.take({"for_s": for_s, **asked})
+    return scheduler.keep(limits.HELD.limits, may_have_engine=True)
+
+
+@pytest.fixture(params=["Scheduler", "ApartScheduler"])
+def engine(request, fresh):
+    """A scheduler of each generation, of a class of its own: what the guest wraps stays so."""
+    kind = type(request.param, (getattr(fake_scheduler, request.param),), {})
+    fake_scheduler.install(kind)
+    return kind()
+
+
+def vllms_own(engine):
+    gates = [getattr(engine, name, None) for name in ("max_num_running_reqs", "max_num_active_reqs")]
+    return (*gates, engine.max_num_scheduled_tokens)
+
+
+def test_a_cap_drains_as_requests_end_and_never_cuts_what_runs(engine):
+    own = vllms_own(engine)
+    engine.add(*(fake_scheduler.Request(most=4 + number) for number in range(8)))
+    engine.add(*(fake_scheduler.Request(most=5) for _ in range(12)))
+    engine.step()
+    assert len(engine.running) == 8
+    hold(running=2)
+    running = []
+    while engine.running or engine.waiting:
+        engine.step()
+        running.append(len(engine.running))
+        assert vllms_own(engine) == own
+    assert running == sorted(running[:7], reverse=True) + running[7:]
+    assert max(running[7:]) == 2
+    assert len(engine.finished) == 20
+
+
+def test_lifted_or_lapsed_it_runs_as_many_as_before(engine):
+    for end in (hold, lambda: setattr(limits.HELD, "limits", limits.Limits(running=2))):
+        engine.add(*(fake_scheduler.Request(most=50) for _ in range(16)))
+        assert hold(running=2) in (({"running": 2}, {}), ({}, {"running": NOT_YET}))
+        engine.step()
+        assert len(engine.running) == 2
+        end()
+        engine.step()
+        assert len(engine.running) == 8
+        engine.running, engine.waiting = [], []
+
+
+NOT_YET = "no step of the engine was seen yet: ask again"
+
+
+def test_a_cap_of_none_holds_all_and_lets_them_go_again(engine):
+    engine.add(fake_scheduler.Request(), fake_scheduler.Request())
+    hold(running=0)
+    assert engine.step() == 0
+    hold()
+    engine.step()
+    assert len(engine.running) == 2
+
+
+def test_a_cap_above_vllms_own_changes_nothing(engine):
+    engine.add(*(fake_scheduler.Request(most=9) for _ in range(20)))
+    hold(running=100, tokens=10**6)
+    engine.step()
+    assert len(engine.running) == 8
+
+
+def test_the_naive_cap_would_have_ended_the_engine():
+    engine = fake_scheduler.Scheduler()
+    engine.add(*(fake_scheduler.Request(most=9) for _ in range(4)))
+    engine.step()
+    engine.max_num_running_reqs = 1
+    with pytest.raises(AssertionError):
+        engine.step()
+
+
+def test_a_cap_on_tokens_holds_in_each_step_and_prompts_get_through(engine):
+    engine.add(*(fake_scheduler.Request(prompt=200, most=2) for _ in range(6)))
+    hold(tokens=64)
+    steps = []
+    while engine.running or engine.waiting:
+        steps.append(engine.step())
+    assert max(steps) == 64
+    assert len(engine.finished) == 6
+
+
+def test_a_cap_on_tokens_leaves_decoding_and_a_block_of_a_prompt(engine):
+    engine.num_spec_tokens = 3
+    engine.add(*(fake_scheduler.Request(most=9) for _ in range(8)))
+    engine.step()
+    engine.add(fake_scheduler.Request(prompt=500))
+    hold(tokens=1)
+    hold(tokens=1)
+    assert engine.step() == 8 * 4
+    engine.running.pop()
+    assert engine.step() == 7 * 4 + 16, "what decodes, and a block of the prompt"
+
+
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [
+        ("scheduler_config.enable_chunked_prefill = False", "chunked prefill is off"),
+        ("need_mamba_block_aligned_split = True", "Mamba's blocks"),
+        ("vllm_config.model_config.is_diffusion = True", "whole canvas"),
+        ("__class__.max_num_encoder_input_tokens = 5", None),
+    ],
+)
+def test_a_cap_on_tokens_that_could_hold_a_request_for_ever_is_refused(engine, setting, why):
+    engine.scheduler_config = type("Config", (fake_scheduler._Config,), {})()
+    exec(f"engine.{setting}")
+    hold(running=7)
+    engine.step()
+    applied, lacks = hold(tokens=64, running=3)
+    assert applied == ({"running": 3} if why else {"running": 3, "tokens": 64})
+    assert (why in lacks["tokens"]) if why else lacks == {}
+
+
+def test_images_that_are_not_split_refuse_a_cap_on_tokens(engine):
+    engine.max_num_encoder_input_tokens = 5
+    engine.scheduler_config = type("Config", (fake_scheduler._Config,), {"disable_chunked_mm_input": True})()
+    hold(tokens=64)
+    engine.step()
+    assert "--disable-chunked-mm-input" in hold(tokens=64)[1]["tokens"]
+
+
+def test_an_error_of_vllms_own_step_is_its_own_and_its_values_are_back(engine):
+    own = vllms_own(engine)
+    engine.may_admit = lambda: 1 / 0
+    engine.add(fake_scheduler.Request())
+    hold(running=1, tokens=64)
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
+    assert vllms_own(engine) == own
+
+
+def test_sessions_that_wait_for_input_are_counted(engine):
+    engine.num_waiting_for_streaming_input = 3
+    engine.add(*(fake_scheduler.Request(most=9) for _ in range(9)))
+    hold(running=2)
+    engine.step()
+    assert len(engine.running) <= 3
+
+
+@given(
+    st.sampled_from(["Scheduler", "ApartScheduler"]),
+    st.integers(0, 4),
+    st.lists(
+        st.tuples(
+            st.lists(st.tuples(st.integers(1, 300), st.integers(1, 6)), max_size=4),
+            st.none() | st.integers(0, 12),
+            st.none() | st.integers(1, 500),
+        ),
+        max_size=40,
+    ),
+)
+def test_whatever_is_asked_when_no_step_fails_and_every_request_ends(kind, spec, story):
+    kind = type(kind, (getattr(fake_scheduler, kind),), {})
+    fake_scheduler.install(kind)
+    engine = kind()
+    engine.num_spec_tokens, own = spec, vllms_own(engine)
+    try:
+        for requests, running, tokens in story:
+            engine.add(*(fake_scheduler.Request(*request) for request in requests))
+            hold(running=running, tokens=tokens)
+            before = len(engine.running)
+            engine.step()
+            assert vllms_own(engine) == own
+            assert running is None or len(engine.running) <= max(running, before)
+        hold()
+        for _ in range(400):
+            engine.step()
+        assert (engine.running, engine.waiting) == ([], [])
+    finally:
+        hold()
+
+
+def test_until_a_limit_is_asked_for_vllms_class_is_untouched(tmp_path):
+    with Program(tmp_path, OLD + REGISTER + IN_LOOP) as program:
+        program.ask()
+        assert program.do(UNTOUCHED) == "Scheduler.schedule False"
+        assert program.limit(running=2)["applied"] == {"running": 2}
+        assert program.do(UNTOUCHED) == "Scheduler.schedule True"
+
+
+@pytest.mark.parametrize("kind", [OLD, NEW])
+def test_the_engine_tells_what_it_has_in_hand_and_whether_it_is_paused(tmp_path, kind):
+    with Program(tmp_path, kind + REGISTER + IN_LOOP) as program:
+        assert program.ask()["engine"] == {"running": 0, "waiting": 0, "paused": False, "limits": {}}
+        program.do("scheduler.add(*(fake_scheduler.Request(most=99) for _ in range(12)))")
+        program.do("scheduler.step(); scheduler._pause_state = fake_scheduler.PauseState.PAUSED_ALL")
+        program.limit(running=3, tokens=100)
+        assert program.ask()["engine"] == {
+            "running": 8,
+            "waiting": 4,
+            "paused": True,
+            "limits": {"running": 3, "tokens": 100},
+        }
+        program.limit()
+        program.do("del scheduler._pause_state")
+        engine = program.ask()["engine"]
+        assert (engine["paused"], engine["limits"]) == (None, {})
+
+
+def test_an_engine_that_is_not_the_main_threads_is_known_after_a_step_under_a_limit(tmp_path):
+    with Program(tmp_path, NEW + REGISTER) as program:
+        assert "engine" not in program.ask()
+        assert program.limit(running=2)["lacks"] == {"running": NOT_YET}
+        program.do("scheduler.step()")
+        assert program.limit(running=2) == {
+            **program.limit(running=2),
+            "applied": {"running": 2},
+            "lacks": {},
+        }
+        program.do("del scheduler, engine; import gc; gc.collect()")
+        assert "engine" not in program.ask(), "it keeps nothing of vLLM's alive"
+
+
+def test_a_limit_goes_over_a_fork_and_lapses_there_too(tmp_path):
+    with Program(tmp_path, "import time\n" + NEW + REGISTER + IN_LOOP) as program:
+        program.limit(running=2)
+        program.begin("child = os.fork() or (time.sleep(1000), os._exit(0)); print('done', flush=True)")
+        (child,) = wait_for(lambda: sockets(tmp_path) - {program.pid})
+        try:
+            assert ask(tmp_path / f"{child}.sock", "figures")["engine"]["limits"] == {"running": 2}
+            ask(tmp_path / f"{child}.sock", "limit", running=2, for_s=0.01)
+            wait_for(lambda: ask(tmp_path / f"{child}.sock", "figures")["engine"]["limits"] == {})
+            assert program.ask()["engine"]["limits"] == {"running": 2}
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"running": -1},
+        {"running": True},
+        {"running": 2.0},
+        {"tokens": 0},
+        {"admission": "3"},
+        {"running": 2, "for_s": 0},
+        {"running": 2, "for_s": 3601},
+        {"running": 2, "for_s": None},
+        {"running": 2**31},
+    ],
+)
+def test_a_limit_that_is_none_is_refused_and_the_one_before_stays(tmp_path, asked):
+    with Program(tmp_path, NEW + REGISTER + IN_LOOP) as program:
+        program.limit(running=5)
+        with pytest.raises(client.GuestError, match="must be"):
+            program.limit(**asked)
+        assert program.ask()["engine"]["limits"] == {"running": 5}
+
+
+UNKNOWN = {
+    "no attribute": ("scheduler.__dict__.clear(); scheduler.running = []", "max_num_running_reqs"),
+    "another type": ("scheduler.max_num_active_reqs = scheduler.max_num_running_reqs = '8'", "is a str"),
+    "its own schedule": (
+        "scheduler.__class__ = type('Mine', (type(scheduler),), {'schedule': lambda self: {}})",
+        "Mine has a schedule() of its own",
+    ),
+    "not Python": ("fake_scheduler.ApartScheduler.schedule = len", "with a schedule() in Python"),
+    "no class": ("del sys.modules['vllm.v1.core.sched.scheduler'].Scheduler", "with a schedule() in Python"),
+    "no module": ("del sys.modules['vllm.v1.core.sched.scheduler']", "with a schedule() in Python"),
+}
+
+
+@pytest.mark.parametrize(("change", "why"), UNKNOWN.values(), ids=UNKNOWN)
+def test_a_vllm_that_it_does_not_know_is_read_and_left_as_it_is(tmp_path, change, why):
+    with Program(tmp_path, NEW + REGISTER + f"{change}\n" + IN_LOOP) as program:
+        program.do("before = dict(vars(scheduler)), type(scheduler).schedule")
+        assert program.ask()["pid"] == program.pid
+        answer = program.limit(running=2)
+        assert answer["applied"] == {}
+        assert why in answer["lacks"]["running"]
+        assert program.do("print(before == (dict(vars(scheduler)), type(scheduler).schedule))") == "True"
+        assert program.ask().get("engine", {}).get("limits", {}) == {}
+
+
+def test_where_no_engine_is_there_is_nothing_to_cap_and_that_is_said(tmp_path):
+    with Program(tmp_path) as program:
+        lacks = program.limit(running=2, tokens=64, admission=3)["lacks"]
+        assert lacks.keys() == {"running", "tokens", "admission"}
+        assert "--middleware gpuwatch_guest.admission.Admission" in lacks["admission"]
+        assert program.do("print('vllm' in sys.modules)") == "False"
+
+
+# -- live limits: the API --------------------------------------------------------------------------------
+
+
+class Api:
+    """An ASGI application behind the door; each request stays until it is told to end."""
+
+    def __init__(self):
+        self.app, self.seen, self.end = admission.Admission(self), [], asyncio.Event()
+
+    async def __call__(self, scope, receive, send):
+        self.seen.append(scope["path"])
+        await self.end.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    def request(self, path="/v1/completions", **scope):
+        """The task, and what was sent."""
+        sent = []
+
+        async def receive():
+            return {"type": "websocket.connect"}
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": path, **scope}
+        return asyncio.create_task(self.app(scope, receive, send)), sent
+
+
+def in_flight():
+    return admission.figures()["admission"]
+
+
+@pytest.fixture
+def door(fresh):
+    """One that nobody went through yet."""
+    admission._DOOR.__init__()
+
+
+WORK = """
+/v1/completions /v1/chat/completions /v1/chat/completions/batch /v1/embeddings /v1/score /v1/rerank /v2/rerank
+/v1/responses /v1/messages /v1/audio/transcriptions /v2/embed /inference/v1/generate /cohere/v2/chat
+/invocations /pooling /score /rerank /classify /generative_scoring /generate /v1/systemone /v1/completions/
+""".split()
+NO_WORK = """
+/health /metrics /tokenize /detokenize /v1/load_lora_adapter /v1/unload_lora_adapter /pause /resume /sleep
+/wake_up /collective_rpc /abort_requests /v1/responses/resp_1/cancel /v1/messages/count_tokens /
+/v1/completions/render /cohere/v2/chat/render /v1/chat/completions/derender /reset_prefix_cache
+/fault_tolerance/apply /scale_elastic_ep
+""".split()
+
+
+def test_it_counts_what_works_the_engine_and_nothing_else(door):
+    async def story():
+        api = Api()
+        tasks = [api.request(path)[0] for path in (*WORK, *NO_WORK)]
+        tasks += [api.request(method=method)[0] for method in ("GET", "HEAD", "OPTIONS")]
+        tasks += [api.request(type="lifespan")[0], api.request("/api/v1/completions", root_path="/api")[0]]
+        await asyncio.sleep(0)
+        assert len(api.seen) == len(tasks)
+        assert in_flight() == {"in_flight": len(WORK) + 1, "limit": None, "refused": 0}
+        api.end.set()
+        await asyncio.gather(*tasks)
+        assert in_flight()["in_flight"] == 0
+
+    asyncio.run(story())
+
+
+def test_above_the_limit_it_answers_503_and_those_within_finish(door):
+    async def story():
+        api = Api()
+        running = [api.request() for _ in range(3)]
+        await asyncio.sleep(0)
+        limits.HELD.take({"admission": 2, "for_s": 60})
+        refused, said = api.request()
+        await refused
+        start, body = said
+        headers = dict(start["headers"])
+        assert (start["status"], headers[b"retry-after"]) == (503, b"5")
+        assert int(headers[b"content-length"]) == len(body["body"])
+        assert json.loads(body["body"])["error"]["code"] == 503
+        health, _ = api.request("/health", method="GET")
+        api.end.set()
+        await asyncio.gather(health, *(task for task, _ in running))
+        assert [sent[0]["status"] for _, sent in running] == [200] * 3
+        assert in_flight() == {"in_flight": 0, "limit": 2, "refused": 1}
+        task, sent = api.request()
+        await task
+        assert sent[0]["status"] == 200
+
+    asyncio.run(story())
+
+
+def test_a_client_that_hangs_up_and_an_application_that_fails_are_no_more_in_flight(door):
+    async def story():
+        api = Api()
+        gone, _ = api.request()
+        await asyncio.sleep(0)
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        api.end = None
+        failed, _ = api.request()
+        with pytest.raises(AttributeError):
+            await failed
+        assert in_flight()["in_flight"] == 0
+
+    asyncio.run(story())
+
+
+def test_a_websocket_is_counted_and_refused_before_it_is_accepted(door):
+    async def story():
+        api = Api()
+        limits.HELD.take({"admission": 1, "for_s": 60})
+        scope = {"type": "websocket", "method": None}
+        first, _ = api.request("/v1/realtime", **scope)
+        await asyncio.sleep(0)
+        second, sent = api.request("/v1/realtime", **scope)
+        await second
+        assert sent == [{"type": "websocket.close", "code": 1013}]
+        api.end.set()
+        await first
+
+    asyncio.run(story())
+
+
+def test_closed_by_0_and_open_again_when_it_lapses(door):
+    async def story():
+        api = Api()
+        api.end.set()
+        for held, status in (
+            (limits.Limits(admission=0, until_s=math.inf), 503),
+            (limits.Limits(admission=0), 200),
+        ):
+            limits.HELD.limits = held
+            task, sent = api.request()
+            await task
+            assert sent[0]["status"] == status
+
+    asyncio.run(story())
+
+
+def test_a_client_that_is_gone_before_it_is_refused_is_no_error(door):
+    async def story():
+        api = Api()
+        limits.HELD.take({"admission": 0, "for_s": 60})
+
+        async def gone(*_):
+            raise OSError("gone")
+
+        await api.app({"type": "http", "method": "POST", "path": "/v1/completions"}, gone, gone)
+
+    asyncio.run(story())
+
+
+def test_switched_off_the_door_stands_open_and_counts_nothing(door, monkeypatch):
+    monkeypatch.setenv("GPUWATCH_GUEST", "0")
+
+    async def story():
+        api = Api()
+        api.end.set()
+        limits.HELD.take({"admission": 0, "for_s": 60})
+        task, sent = api.request()
+        await task
+        assert sent[0]["status"] == 200
+        assert admission.figures() == {}
+
+    asyncio.run(story())
+
+
+def test_the_door_is_limited_by_the_socket_and_tells_its_count(tmp_path):
+    script = "import gpuwatch.guest.admission as a\ndoor = a.Admission(None)\n"  # before the guest's thread
+    with Program(tmp_path, script + REGISTER) as program:
+        assert program.ask()["admission"] == {"in_flight": 0, "limit": None, "refused": 0}
+        answer = program.limit(admission=3, running=2)
+        assert answer["applied"] == {"admission": 3}
+        assert program.ask()["admission"]["limit"] == 3
+        program.limit(admission=3, for_s=0.01)
+        wait_for(lambda: program.ask()["admission"]["limit"] is None)
+
+
 # -- it is no harm -------------------------------------------------------------------------------------
 
 
@@ -367,10 +872,11 @@ def test_it_loads_nothing_but_the_standard_library(tmp_path):
     assert {n for n in loaded.split() if n.startswith("gpuwatch")} == {
         "gpuwatch",
         "gpuwatch.guest",
-        *(f"gpuwatch.guest.{n}" for n in ("allocator", "identity", "oom", "plugin", "stacks", "wire")),
+        *(f"gpuwatch.guest.{n}" for n in PARTS),
     }
 
 
+PARTS = "admission allocator identity limits oom plugin scheduler stacks wire".split()
 SHOW_LOADED = "print(*(set(sys.modules) - before))"
 
 

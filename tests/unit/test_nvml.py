@@ -7,7 +7,6 @@ from tests.fake_nvml import GIB, FakeNvml
 from gpuwatch.errors import SourceError
 from gpuwatch.sources.nvml import NvmlSource, NvmlStaticSource
 from gpuwatch.sources.processes import ProcessIdentity, PsutilNames, owner_of
-from gpuwatch.sources.xid import XIDS, XidSource
 
 SECOND, MINUTE = 1000, 60_000
 
@@ -266,12 +265,49 @@ class Names(dict):
 )
 def test_a_process_is_vllms_if_an_ancestor_is(process, owner):
     names = Names({20: ProcessIdentity("VLLM::EngineCore", "", 10), 7: process})
-    assert owner_of(7, names)[1] == owner
+    assert owner_of(7, names).owner == owner
+
+
+@pytest.mark.parametrize(
+    ("ancestors", "owner"),
+    [
+        ([("VLLM::EngineCore", 1), ("systemd", 0)], "orphan"),
+        ([("VLLM::EngineCore", 50), ("systemd", 1), ("systemd", 0)], "orphan"),
+        ([("VLLM::EngineCore", 50), ("containerd-shim-runc-v2", 1), ("systemd", 0)], "orphan"),
+        ([("VLLM::EngineCore", 50), ("python3", 1), ("systemd", 0)], "vllm"),  # a script that uses vLLM
+        ([("VLLM::EngineCore", 50), ("vllm serve", 1), ("systemd", 0)], "vllm"),
+        ([("VLLM::EngineCore", 1)], "vllm"),  # the parent may not be looked at
+    ],
+)
+def test_a_process_of_vllms_is_an_orphan_if_it_was_adopted(ancestors, owner):
+    names, pid = Names({7: ProcessIdentity("VLLM::Worker_TP0", "", 8, "llm", "llm.service")}), 8
+    for name, parent in ancestors:
+        names[pid] = ProcessIdentity(name, name, parent)
+        pid = parent
+    its = ("llm", "llm.service") if owner == "orphan" else ("", "")
+    assert owner_of(7, names) == ("VLLM::Worker_TP0", owner, "", *its)
+
+
+def test_foreign_processes_are_told_apart_by_user_and_unit_and_vllms_are_not():
+    class OfUsers(FakeNvml):
+        def look_up(self, pid):
+            command = "vllm serve" if pid > 20 else "train"
+            return ProcessIdentity("python3", command, 0, f"user{pid % 2}", "a.service")
+
+    nvml = OfUsers()
+    nvml.devices[0].processes = [(pid, "python3", GIB) for pid in (10, 11, 12, 21, 22)]
+    used = [s for s in source_of(nvml).read(0) if s.labels.metric == "gpu_process_memory_used_bytes"]
+    assert {(s.labels.get("owner"), s.labels.get("user"), s.labels.get("unit")): s.value for s in used} == {
+        ("foreign", "user0", "a.service"): 2 * GIB,
+        ("foreign", "user1", "a.service"): GIB,
+        ("vllm", "", ""): 2 * GIB,
+    }
 
 
 def test_a_process_that_is_its_own_ancestor_ends():
     assert (
-        owner_of(7, Names({7: ProcessIdentity("a", "a", 8), 8: ProcessIdentity("b", "b", 7)}))[1] == "foreign"
+        owner_of(7, Names({7: ProcessIdentity("a", "a", 8), 8: ProcessIdentity("b", "b", 7)})).owner
+        == "foreign"
     )
 
 
@@ -284,123 +320,3 @@ def test_real_processes_are_looked_up_and_missing_ones_are_none():
         assert seen.parent_pid == os.getppid()
         assert "python" in seen.command_line or "pytest" in seen.command_line
     assert names.look_up(2**22 + 1) is None
-
-
-# -- Xid errors --------------------------------------------------------------------------------------
-
-
-def xids(source, now_ms):
-    """Counts by GPU and number, those that are not 0 and those that are not in the table."""
-    return {
-        (int(s.labels.get("gpu")), int(s.labels.get("xid"))): s.value
-        for s in source.read(now_ms)
-        if s.value or int(s.labels.get("xid")) not in XIDS
-    }
-
-
-def test_the_xids_that_matter_are_counted_from_nought():
-    nvml = FakeNvml(gpus=2)
-    source = XidSource(nvml)
-    assert {(s.labels.get("gpu"), int(s.labels.get("xid"))): s.value for s in source.read(0)} == {
-        (gpu, xid): 0 for gpu in "01" for xid in XIDS
-    }
-    nvml.xid(1, 79)
-    nvml.xid(1, 79)
-    nvml.xid(0, 31)
-    assert xids(source, SECOND) == {(1, 79): 2, (0, 31): 1}
-    assert xids(source, 2 * SECOND) == {(1, 79): 2, (0, 31): 1}
-
-
-def test_another_xid_is_nought_when_it_appears_and_counts_from_the_next_read():
-    nvml = FakeNvml()
-    source = XidSource(nvml)
-    source.read(0)
-    nvml.xid(0, 137)
-    nvml.xid(0, 137)
-    assert xids(source, SECOND) == {(0, 137): 0}
-    nvml.xid(0, 137)
-    assert xids(source, 2 * SECOND) == {(0, 137): 3}
-
-
-def test_nothing_but_xids_is_listened_for():
-    nvml = FakeNvml()
-    source = XidSource(nvml)
-    source.read(0)
-    assert [events.types for events in nvml.event_sets] == [pynvml.nvmlEventTypeXidCriticalError]
-
-
-def test_a_gpu_that_tells_of_no_events_has_no_counters_and_is_asked_every_ten_minutes():
-    nvml = FakeNvml()
-    nvml.unsupported = {"nvmlDeviceRegisterEvents"}
-    source = XidSource(nvml)
-    for now_ms in range(0, 10 * MINUTE, SECOND):
-        assert source.read(now_ms) == []
-    assert nvml.calls["nvmlDeviceRegisterEvents"] == 1
-    assert all(events.freed for events in nvml.event_sets)
-    nvml.unsupported.clear()
-    assert len(source.read(10 * MINUTE)) == len(XIDS)
-
-
-def test_a_gpu_that_falls_off_the_bus_is_counted_and_the_others_are_heard():
-    nvml = FakeNvml(gpus=2)
-    source = XidSource(nvml)
-    source.read(0)
-    nvml.xid(0, 79)
-    nvml.devices[0].lost = True
-    assert xids(source, SECOND) == {(0, 79): 1}
-    nvml.xid(1, 13)
-    for now_ms in (2 * SECOND, MINUTE):
-        assert xids(source, now_ms) == {(0, 79): 1, (1, 13): 1}
-    nvml.devices[0].lost = False
-    source.read(2 * MINUTE)
-    nvml.xid(0, 31)
-    assert xids(source, 3 * MINUTE) == {(0, 79): 1, (0, 31): 1, (1, 13): 1}
-    assert [events.freed for events in nvml.event_sets] == [True, False, False]
-
-
-def test_counters_outlive_a_driver_that_goes_away():
-    nvml = FakeNvml()
-    source = XidSource(nvml)
-    source.read(0)
-    nvml.xid(0, 48)
-    source.read(SECOND)
-    nvml.driver_missing = True
-    with pytest.raises(SourceError):
-        source.read(2 * SECOND)
-    nvml.driver_missing = False
-    assert xids(source, 13 * SECOND) == {(0, 48): 1}
-    nvml.xid(0, 48)
-    assert xids(source, 14 * SECOND) == {(0, 48): 2}
-
-
-def test_a_set_that_fails_is_registered_anew():
-    nvml = FakeNvml()
-    source = XidSource(nvml)
-    source.read(0)
-    nvml.fail_once["nvmlEventSetWait_v2"] = pynvml.NVML_ERROR_UNKNOWN
-    source.read(SECOND)
-    source.read(2 * SECOND)
-    nvml.xid(0, 94)
-    assert xids(source, 3 * SECOND) == {(0, 94): 1}
-    assert [events.freed for events in nvml.event_sets] == [True, False]
-
-
-def test_a_flood_takes_several_reads_and_nothing_of_it_is_lost():
-    nvml = FakeNvml()
-    source = XidSource(nvml)
-    source.read(0)
-    for _ in range(1000):
-        nvml.xid(0, 95)
-    seen = [xids(source, now_ms)[0, 95] for now_ms in range(SECOND, 6 * SECOND, SECOND)]
-    assert seen[0] < 1000
-    assert seen[-1] == 1000
-
-
-def test_counters_of_a_gpu_whose_index_shifts_do_not_seem_to_rise():
-    nvml = FakeNvml(gpus=2)
-    source = XidSource(nvml)
-    source.read(0)
-    nvml.xid(1, 74)
-    source.read(SECOND)
-    nvml.devices.pop(0)
-    assert xids(source, 2 * SECOND) == {(0, 74): 1}

@@ -9,13 +9,12 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from gpuwatch import cli, config, rules
+from gpuwatch import catalogue, cli, config, rules
 from gpuwatch.config.duration import Duration
 from gpuwatch.config.rulefiles import load_rules
 from gpuwatch.promql.ast import VectorSelector, walk
 from gpuwatch.records import Labels
 from gpuwatch.rules.templates import Template
-from gpuwatch.sources import catalogue
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "rules"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -28,7 +29,9 @@ from gpuwatch.records import (
     Refusal,
     Remediation,
     ServerPhase,
+    ServerStart,
     ServerState,
+    StartOutcome,
     Step,
     SupervisorPhase,
     SupervisorState,
@@ -103,6 +106,21 @@ REFUSED = Refusal(
     facts={"left": "5m"},
 )
 PAUSED = Audit(at_ms=NOW_MS, who="root", what="pause", facts={"until": "12:00", "why": "ремонт"})
+START = ServerStart(
+    server="qwen",
+    began_at_ms=NOW_MS,
+    outcome=StartOutcome.FAILED,
+    ended_at_ms=NOW_MS + 30_000,
+    configuration="0123456789ab",
+    version="0.24.0",
+    arguments={"model": "qwen"},
+    figures={"Worker_TP0": {"weights_bytes": 8e9, "kv_cache_bytes": 1e11}},
+    kv_cache_tokens=800_000,
+    max_concurrency=196.3,
+    failure="memory_share_not_free",
+    facts={"free_bytes": "65766686720"},
+    lines=("ValueError: Free memory …",),
+)
 EVERYTHING = Changes(
     alerts=[alert(gpu="0"), alert("Other", value=float("inf"))],
     transitions=[fired(2000, gpu="0"), Transition(alert=alert(), was=None, now=None, at_ms=2001)],
@@ -113,6 +131,7 @@ EVERYTHING = Changes(
     refusals=[REFUSED],
     settings={"paused": "true", "mode": "observe"},
     audit=[PAUSED],
+    starts=[START],
 )
 
 
@@ -265,6 +284,90 @@ def test_a_person_reads_the_views_with_any_sqlite(state, tmp_path):
     assert plain(tmp_path, "SELECT at, who, what, facts FROM v_audit") == [
         ("2026-11-21 09:15:00 UTC", "root", "pause", '{"until":"12:00","why":"ремонт"}')
     ]
+
+
+def test_a_person_reads_how_servers_started(state, tmp_path):
+    state.write([EVERYTHING])
+    assert plain(tmp_path, "SELECT server, began_at, outcome, healthy_at, ended_at FROM v_starts") == [
+        ("qwen", "2026-11-21 09:15:00 UTC", "failed", None, "2026-11-21 09:15:30 UTC")
+    ]
+    assert plain(
+        tmp_path, "SELECT failure, facts, version, configuration, kv_cache_tokens FROM v_starts"
+    ) == [(START.failure, '{"free_bytes":"65766686720"}', "0.24.0", "0123456789ab", 800_000)]
+
+
+def test_starts_are_found_by_server_the_newest_first_and_good_ones_by_configuration(state, tmp_path):
+    good = dataclasses.replace(START, outcome=StartOutcome.HEALTHY, failure="", healthy_at_ms=NOW_MS)
+    older, oldest, other = (
+        dataclasses.replace(good, began_at_ms=NOW_MS - 1),
+        dataclasses.replace(good, began_at_ms=NOW_MS - 2, configuration="ba9876543210"),
+        dataclasses.replace(good, server="other"),
+    )
+    state.write([Changes(starts=[oldest, older]), Changes(starts=[START, other])])
+    with reading(tmp_path) as rows, mirrored(state) as mirror:
+        for each in (rows, mirror):
+            assert each.starts("qwen") == [START, older, oldest]
+            assert each.starts(limit=2) == [other, START]
+            assert each.last_good_start("qwen") == older
+            assert each.last_good_start("qwen", "ba9876543210") == oldest
+            assert each.last_good_start("nobody") is None
+
+
+def test_a_start_that_goes_on_is_one_row(state, tmp_path):
+    state.write([Changes(starts=[dataclasses.replace(START, outcome=StartOutcome.STARTING)]), EVERYTHING])
+    with reading(tmp_path) as rows:
+        assert rows.starts() == [START]
+
+
+def test_the_newest_starts_are_kept_and_the_last_good_one_of_each_configuration(state, tmp_path):
+    def a_start(age, server="qwen", configuration="b"):
+        outcome = StartOutcome.FAILED if age < 100 else StartOutcome.HEALTHY
+        began_at_ms = NOW_MS - age
+        return dataclasses.replace(
+            START, server=server, began_at_ms=began_at_ms, outcome=outcome, configuration=configuration
+        )
+
+    failed = [a_start(age) for age in range(99)]
+    good = [a_start(100), a_start(101), a_start(102, configuration="a"), a_start(103, configuration="")]
+    many = [a_start(200 + n, "other", str(n)) for n in range(120)]
+    state.write([Changes(starts=[*failed, *good, *many])])
+    state.prune(0)
+    with reading(tmp_path) as rows:
+        kept = [NOW_MS - start.began_at_ms for start in rows.starts("qwen", 1000)]
+        assert kept == [*range(50), 100, 102, 103]
+        assert len(rows.starts("other", 1000)) == 50
+
+
+def test_a_state_of_before_starts_were_kept_goes_on_with_all_it_had(tmp_path):
+    path = tmp_path / "state.db"
+    with closing(own(path, 50)) as database:
+        migrate(database, STATE_STEPS[:1])
+        with database.writing("as it was") as connection:
+            write_changes(connection, dataclasses.replace(EVERYTHING, starts=()))
+    found = opened(tmp_path)
+    with closing(found.state):
+        assert (found.notes, found.words_lost) == ((), False)
+        found.state.write([Changes(starts=[START])])
+    with reading(tmp_path) as rows:
+        assert rows.active_alerts() == list(EVERYTHING.alerts)
+        assert rows.starts() == [START]
+
+
+def test_a_damaged_state_of_before_starts_were_kept_loses_none(tmp_path):
+    path = tmp_path / "state.db"
+    with closing(own(path, 50)) as database:
+        migrate(database, STATE_STEPS[:1])
+        with database.writing("as it was") as connection:
+            write_changes(connection, dataclasses.replace(EVERYTHING, starts=()))
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE server SET record = '{'")
+        connection.execute("DROP VIEW v_audit")
+        connection.execute("DROP TABLE audit")
+        connection.execute("DELETE FROM migration")
+    found = opened(tmp_path)
+    with closing(found.state):
+        assert "Not all could be saved of: server" in found.notes[0]
+        assert "start" not in found.notes[0].partition("saved of")[2]
 
 
 def test_retention_keeps_unsent_messages_and_live_remediations(state, tmp_path):

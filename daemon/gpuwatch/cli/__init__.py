@@ -24,6 +24,7 @@ from gpuwatch.cli.options import (
 )
 from gpuwatch.cli.query import query
 from gpuwatch.cli.rules import rules
+from gpuwatch.cli.starts import starts
 from gpuwatch.errors import ConfigError, GpuwatchError
 
 
@@ -83,6 +84,21 @@ def status(config_path: Path | None, state_dir: Path | None, as_json: bool) -> N
     with open_view(settings) as rows:
         seen = view.gather(rows, settings, clock.SystemClock().now_ms())
     click.echo(json.dumps(seen, ensure_ascii=False) if as_json else view.render(seen, settings.lang))
+
+
+@main.command(name="memory")
+@path_option
+@state_option
+@click.option("--gpu", help="Only this GPU, by its index or UUID.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def memory_(config_path: Path | None, state_dir: Path | None, gpu: str | None, as_json: bool) -> None:  # noqa: FBT001
+    """Show where the memory of each GPU is: weights, KV cache, other processes, and what nobody explains."""
+    from gpuwatch.cli import ledger  # noqa: PLC0415
+
+    settings = settings_of(config_path, state_dir)
+    with open_view(settings) as rows:
+        seen = ledger.gather(rows, settings, clock.SystemClock().now_ms(), gpu)
+    click.echo(json.dumps(seen, ensure_ascii=False) if as_json else ledger.render(seen, settings.lang))
 
 
 @main.command()
@@ -199,7 +215,10 @@ _word_command("abort", "abort", "Stop a remediation at once; the server is left 
 
 @main.group()
 def server() -> None:
-    """Start a server that gpuwatch runs as a plain process."""
+    """Start a server that gpuwatch runs as a plain process, and see how servers started."""
+
+
+server.add_command(starts)
 
 
 @server.command(name="start")

@@ -1,4 +1,4 @@
-"""`gpuwatch guest`: puts the guest where vLLM finds it, and shows what those that live say; changes none."""
+"""`gpuwatch guest`: puts the guest where vLLM finds it, asks those that live, never acts by itself."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any, Final
 import click
 
 import gpuwatch
+from gpuwatch.cli.options import duration_ms
 from gpuwatch.errors import SourceError
-from gpuwatch.guest import client, wire
+from gpuwatch.guest import client, limits, wire
 from gpuwatch.guest.client import GuestError
 
 _PACKAGE: Final = "gpuwatch_guest"
@@ -28,8 +29,14 @@ License: Apache-2.0
 Requires-Python: >=3.10
 """
 _ENTRY_POINTS: Final = f"[vllm.general_plugins]\ngpuwatch = {_PACKAGE}:register\n"
-_COLUMNS: Final = "{:>8}  {:<20} {:<12} {:<10} {:>12} {:>12} {:>8} {:>6}"
-_HEADINGS: Final = ("PID", "PROCESS", "ROLE", "DEVICE", "ALLOCATED", "RESERVED", "RETRIES", "OOMS")
+_COLUMNS: Final = "{:>8}  {:<20} {:<12} {:<10} {:>12} {:>12} {:>8} {:>6} {:>10}  {}"
+_HEADINGS: Final = (
+    *("PID", "PROCESS", "ROLE", "DEVICE", "ALLOCATED", "RESERVED", "RETRIES", "OOMS"),
+    *("IN FLIGHT", "LIMITS"),
+)
+_LIMITS: Final = ("running", "tokens", "admission")
+_LIMIT_COLUMNS: Final = "{:>8}  {:<20} {:>10} {:>10} {:>10}"
+_VLLM: Final = ("api_server", "engine_core", "worker")
 _folder_option = click.option(
     "--folder",
     type=click.Path(path_type=Path, file_okay=False),
@@ -42,7 +49,7 @@ _folder_option = click.option(
 
 @click.group()
 def guest() -> None:
-    """Look into vLLM's processes: install the guest, list those that live, show stacks."""
+    """Look into vLLM's processes: install the guest, list those that live, show stacks, limit a server."""
 
 
 @guest.command()
@@ -62,7 +69,7 @@ def install(folder: Path) -> None:
 @_folder_option
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def list_(folder: Path, as_json: bool) -> None:  # noqa: FBT001
-    """Show the processes that have a guest, and what torch's allocator holds in each."""
+    """Show the processes that have a guest: what torch's allocator holds, requests in flight, limits."""
     answers = _asked(folder)
     if as_json:
         shown = {pid: {"error": str(a)} if isinstance(a, GuestError) else a for pid, a in answers.items()}
@@ -92,6 +99,37 @@ def stacks(pid: int, folder: Path) -> None:
     click.echo("\n".join(lines))
 
 
+@guest.command()
+@click.argument("pid", type=click.IntRange(min=1))
+@_folder_option
+@click.option("--running", type=click.IntRange(min=0), help="Requests that each engine runs at once.")
+@click.option("--tokens", type=click.IntRange(min=1), help="Tokens of each engine's step.")
+@click.option("--admission", type=click.IntRange(min=0), help="Requests in the API; further ones get 503.")
+@click.option("--for", "duration", default="5m", show_default=True, help="When they end by themselves.")
+@click.option("--lift", is_flag=True, help="End all limits now.")
+def limit(pid: int, folder: Path, duration: str, lift: bool, **asked: int | None) -> None:  # noqa: FBT001
+    """Limit the server that process PID belongs to, in place of all limits that it has.
+
+    What runs goes on: a limit on running requests is reached as they end, and those above it wait in vLLM. No
+    request that is in the API is cut off.
+    """
+    for_ms = duration_ms(duration)
+    if lift == any(value is not None for value in asked.values()):
+        raise click.UsageError("name at least one limit, or --lift and none")
+    if not 0 < for_ms <= limits.LONGEST_S * 1000:
+        raise click.UsageError(f"--for: more than 0 and at most {limits.LONGEST_S // 60}m")
+    members = _members(pid, _asked(folder))
+    answers = _told(folder, members, asked, for_ms / 1000)
+    try:
+        lines, missed = _limit_lines(answers), _missed(asked, answers)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SourceError(f"limit the server of process {pid}: no answer: {type(error).__name__}") from error
+    click.echo("\n".join(lines))
+    if missed:
+        raise SourceError(f"limit the server of process {pid}: {'; '.join(missed)}")
+    click.echo("no limit is left" if lift else f"for {duration}, unless asked again")
+
+
 def _asked(folder: Path) -> dict[int, dict[str, Any] | GuestError]:
     try:
         return dict(sorted(client.ask_all(client.listed(folder), "figures").items()))
@@ -105,20 +143,118 @@ def _rows(pid: int, answer: dict[str, Any] | GuestError) -> list[str]:
         return [f"{pid:>8}  {answer}"]
     try:
         name, role = client.printable(answer["process"], 20), client.printable(answer["role"], 12)
+        work = (_in_flight(answer), _limits_of(answer))
         if not answer["devices"]:
-            return [_COLUMNS.format(pid, name, role, "no CUDA", "", "", "", "").rstrip()]
-        return [_row(pid, name, role, device) for device in answer["devices"]]
+            return [_COLUMNS.format(pid, name, role, "no CUDA", "", "", "", "", *work).rstrip()]
+        return [_row(pid, name, role, device, work).rstrip() for device in answer["devices"]]
     except (KeyError, TypeError, ValueError) as error:
         return [f"{pid:>8}  not an answer: {type(error).__name__}"]
 
 
-def _row(pid: int, name: str, role: str, device: dict[str, Any]) -> str:
+def _row(pid: int, name: str, role: str, device: dict[str, Any], work: tuple[str, str]) -> str:
     stats = device["stats"]
     held = (
         f"{int(stats[f'{what}_bytes.all.current']) / 2**20:.0f} MiB" for what in ("allocated", "reserved")
     )
     counts = (int(stats[what]) for what in ("num_alloc_retries", "num_ooms"))
-    return _COLUMNS.format(pid, name, role, f"cuda:{int(device['device'])}", *held, *counts)
+    return _COLUMNS.format(pid, name, role, f"cuda:{int(device['device'])}", *held, *counts, *work)
+
+
+def _in_flight(answer: dict[str, Any]) -> str:
+    """Requests in the API, or those that run and those that wait in the engine."""
+    if engine := answer.get("engine"):
+        return f"{int(engine['running'])}+{int(engine['waiting'])}"
+    return str(int(answer["admission"]["in_flight"])) if "admission" in answer else ""
+
+
+def _limits_of(answer: dict[str, Any]) -> str:
+    """Such as `running 2, tokens 64`."""
+    held = {**answer.get("engine", {}).get("limits", {})}
+    held["admission"] = answer.get("admission", {}).get("limit")
+    return ", ".join(f"{name} {int(held[name])}" for name in _LIMITS if held.get(name) is not None)
+
+
+# -- limits ------------------------------------------------------------------------------------------
+
+
+def _members(pid: int, answers: dict[int, dict[str, Any] | GuestError]) -> dict[int, dict[str, Any]]:
+    """What the guests said of the server that `pid` is a process of; SourceError if there are none.
+
+    The server begins at the topmost of vLLM's processes above `pid`, and is all that descends from it.
+    """
+    said = {member: answer for member, answer in answers.items() if not isinstance(answer, GuestError)}
+    root = pid
+    while said.get(above := _parent(root), {}).get("role") in _VLLM:
+        root = above
+    members = {member: answer for member, answer in said.items() if root in _line_of(member)}
+    if not members:
+        cure = "see gpuwatch guest list for those that have one"
+        raise SourceError(f"limit the server of process {pid}: no process of it has a guest; {cure}")
+    return members
+
+
+def _line_of(pid: int) -> list[int]:
+    """A process and those above it."""
+    line = [pid]
+    while (above := _parent(line[-1])) > 1 and above not in line:
+        line.append(above)
+    return line
+
+
+def _parent(pid: int) -> int:
+    """0 for one that is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def _told(
+    folder: Path, members: dict[int, dict[str, Any]], asked: dict[str, int | None], for_s: float
+) -> dict[int, dict[str, Any] | GuestError]:
+    """What each answers that is asked to keep the limits, or its share of them."""
+    doors = [pid for pid, answer in members.items() if "admission" in answer] or list(members)
+    shares = _shares(asked["admission"], doors)
+    answers: dict[int, dict[str, Any] | GuestError] = {}
+    for pid in members:
+        own = {**asked, "admission": shares.get(pid), "for_s": for_s}
+        paths = {pid: folder / f"{pid}{wire.SOCKET_SUFFIX}"}
+        answers |= client.ask_all(paths, "limit", more=own)
+    return answers
+
+
+def _shares(total: int | None, pids: list[int]) -> dict[int, int | None]:
+    """One door each, as even as can be; their sum is the whole."""
+    if total is None:
+        return {}
+    each, over = divmod(total, len(pids))
+    return {pid: each + (index < over) for index, pid in enumerate(pids)}
+
+
+def _limit_lines(answers: dict[int, dict[str, Any] | GuestError]) -> list[str]:
+    """A heading, and a line for each process of what it keeps now, or why it did not answer."""
+    lines = [_LIMIT_COLUMNS.format("PID", "PROCESS", *(name.upper() for name in _LIMITS))]
+    for pid, answer in answers.items():
+        if isinstance(answer, GuestError):
+            lines.append(f"{pid:>8}  {answer}")
+        else:
+            cells = (client.printable(answer["applied"].get(name, ""), 10) for name in _LIMITS)
+            name = client.printable(answer["process"], 20)
+            lines.append(_LIMIT_COLUMNS.format(pid, name, *cells).rstrip())
+    return lines
+
+
+def _missed(asked: dict[str, int | None], answers: dict[int, dict[str, Any] | GuestError]) -> list[str]:
+    """A sentence for each limit that no process keeps."""
+    said = [answer for answer in answers.values() if not isinstance(answer, GuestError)]
+    missed = []
+    for name, value in asked.items():
+        if value is None or any(name in answer["applied"] for answer in said):
+            continue
+        whys = {str(answer["role"]): answer["lacks"][name] for answer in said if name in answer["lacks"]}
+        why = whys.get("engine_core") or next(iter(whys.values()), "no answer")
+        missed.append(f"{name}: {client.printable(why)}")
+    return missed
 
 
 def _stack_lines(threads: list[dict[str, Any]]) -> list[str]:

@@ -44,7 +44,7 @@ def replay(file: Path, config_path: Path | None, rule_files: tuple[Path, ...]) -
     clock = ManualClock(start_ms)
     store = Store(assembly.window_ms(groups))
     listener = _Listener(settings.lang)
-    cycle = assembly.cycle(settings, groups, store, start_ms, recording, voices={"replay": listener})
+    cycle = assembly.played(settings, groups, store, start_ms, recording, {"replay": listener})
     phases: dict[str, str] = {}
     for now_ms in walk(cycle, clock, TICK_MS):
         if cycle.last_report.at_ms == now_ms:

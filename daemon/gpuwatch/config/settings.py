@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _LEAST_RETENTION_MS: Final = 2 * 3_600_000
+_LEAST_CANARY_MS: Final = 15_000
+_MOST_CANARY_MS: Final = 3_600_000  # what is at hand of the past
 _LEAST_SIZE_BYTES: Final = 64 * 2**20
 _ALIASES: Final = ("dcgm",)
 _PLACEHOLDERS: Final[dict[str, object]] = {"command": ["placeholder"], "match": {}}
@@ -71,6 +73,16 @@ class SupervisorSettings(_Struct, frozen=True, kw_only=True):
     process: ProcessSettings | None = None
 
 
+class CanarySettings(_Struct, frozen=True, kw_only=True):
+    """A request for one token, where nothing else tells whether a server works."""
+
+    enabled: bool = True
+    interval: Duration = Duration(300_000)
+    """Of an idle server whose requests in flight cannot be seen; in doubt one is asked sooner."""
+    timeout: Duration = Duration(10_000)
+    """A canary waits its turn behind other requests."""
+
+
 class ServerSettings(_Struct, frozen=True, kw_only=True):
     """A vLLM server on this host."""
 
@@ -81,6 +93,9 @@ class ServerSettings(_Struct, frozen=True, kw_only=True):
     """Without one gpuwatch watches and tells, and cannot restart."""
     start_deadline: Duration = Duration(900_000)
     """A start that takes longer is a failure. Loading a large model takes minutes."""
+    canary: CanarySettings = CanarySettings()
+    api_key_file: Path | None = None
+    """A file that holds the server's `--api-key`, which is a secret; the canary needs it."""
 
 
 class BudgetSettings(_Struct, frozen=True, kw_only=True):
@@ -435,6 +450,10 @@ def _server_troubles(settings: Settings) -> list[_Trouble]:
     for i, server in enumerate(settings.servers):
         if not re.match(r"https?://[^/]", server.url):
             found.append(_Trouble(("servers", i, "url"), f"{server.url!r} is no http URL"))
+        if not _LEAST_CANARY_MS <= server.canary.interval <= _MOST_CANARY_MS:
+            found.append(_Trouble(("servers", i, "canary", "interval"), "must be between 15s and 1h"))
+        if not 1000 <= server.canary.timeout <= 60_000:
+            found.append(_Trouble(("servers", i, "canary", "timeout"), "must be between 1s and 1m"))
         supervisor = server.supervisor
         if supervisor and (supervisor.systemd is None) == (supervisor.process is None):
             found.append(_Trouble(("servers", i, "supervisor"), "needs exactly one of systemd, process"))

@@ -2,12 +2,15 @@
 
 Rule 1: only a process that has started CUDA by itself is asked anything: to start it costs half a GiB.
 Rule 2: only a device that this process uses is asked: to ask another for its memory opens it, at that price.
+Rule 3: vLLM's sleep mode is looked at where it lies, never loaded; one of another shape tells nothing.
 """
 
 from __future__ import annotations
 
 import gc
 import sys
+import time
+from contextlib import suppress
 from typing import Any, Final
 
 # Of `torch.cuda.memory_stats`: what the daemon makes metrics of, and what `gpuwatch guest list` shows.
@@ -21,6 +24,26 @@ STATS: Final = (
 )
 _EVER_RESERVED: Final = "reserved_bytes.all.allocated"
 _INACTIVE: Final = "inactive"
+# Torch's own pool. CUDA graphs, the program's `MemPool`s and vLLM's sleep mode have others, private ones.
+_SHARED_POOL: Final = (0, 0)
+# What torch takes and gives back at once within an expandable segment, by the kind of the segment.
+_PAGE_BYTES: Final = {"small": 2 << 20, "large": 20 << 20}
+_MAPPED, _ASLEEP, _UNKNOWN = "mapped", "asleep", "unknown"
+_SUMMARY: Final = (
+    "segments",
+    "private_pool_segments",
+    "blocks",
+    "reserved_bytes",  # of all pools
+    # Of the shared pool:
+    "inactive_bytes",
+    "releasable_bytes",  # what an empty_cache() would give back
+    "largest_free_block_bytes",
+    # Of the private ones:
+    "private_reserved_bytes",
+    "private_inactive_bytes",  # between replays a CUDA graph's memory looks free, and is not
+    "graph_pool_bytes",  # all of private_reserved_bytes that is not sleep mode's
+    "unbacked_bytes",  # what torch counts and sleep mode has unmapped
+)
 
 
 def cuda() -> Any | None:  # noqa: ANN401  # torch is the process's own, of whatever version
@@ -38,17 +61,48 @@ def figures() -> dict[str, Any]:
 
 
 def snapshot() -> dict[str, Any]:
-    """What the pools look like, a device each; copies every block under the allocator's lock: a rare use."""
-    devices: dict[int, dict[str, int]] = {}
+    """What the pools look like, a device each: a rare use.
+
+    It copies every block under the allocator's lock and with Python's; `took_ms` says how long that was.
+    """
+    began_s = time.perf_counter()
     torch_cuda = cuda()
-    for segment in torch_cuda.memory_snapshot() if torch_cuda is not None else ():
-        _add_segment(devices.setdefault(int(segment["device"]), _empty_summary()), segment)
+    segments = [] if torch_cuda is None else _segments(torch_cuda)
+    devices: dict[int, dict[str, int]] = {}
+    sleeping = _sleeping()
+    sleep_mode = {_pool_of(segment) for segment in segments if segment.get("address") in sleeping}
+    for segment in segments:
+        summary = devices.setdefault(int(segment["device"]), dict.fromkeys(_SUMMARY, 0))
+        _add(summary, segment)
+        if (pool := _pool_of(segment)) == _SHARED_POOL:
+            _add_shared(summary, segment)
+        elif pool in sleep_mode:  # what it does not know any more it has trimmed: torch alone still counts it
+            _add_private(summary, segment, is_unbacked=sleeping.get(segment["address"], True))
+        else:
+            _add_private(summary, segment, is_graph=True)
     return {
         "cuda": torch_cuda is not None,
+        "took_ms": round((time.perf_counter() - began_s) * 1000, 3),
         "devices": [
             {"device": index, "uuid": uuid_of(index), **summary} for index, summary in devices.items()
         ],
     }
+
+
+def sleep_pools() -> list[dict[str, Any]]:
+    """`device`, `tag`, `state` and `bytes` of what vLLM's sleep mode can unmap; nothing without it.
+
+    `state` is `mapped` or `asleep`, or `unknown` of a vLLM that does not note it (0.24). Torch counts these
+    bytes as reserved and allocated in each of the states.
+    """
+    found: dict[tuple[int, str, str], int] = {}
+    for data in _sleep_mode().values():
+        key = int(data.handle[0]), str(data.tag), _state(data)
+        found[key] = found.get(key, 0) + int(data.handle[1])
+    return [
+        {"device": device, "tag": tag, "state": state, "bytes": size}
+        for (device, tag, state), size in sorted(found.items())
+    ]
 
 
 def release() -> dict[str, Any]:
@@ -93,7 +147,9 @@ def _device(torch_cuda: Any, index: int) -> dict[str, Any]:  # noqa: ANN401  # t
     return {
         "device": index,
         "uuid": uuid_of(index),
-        "stats": {name: stats[name] for name in STATS if name in stats},
+        # What a pluggable allocator gives back without torch's knowledge can leave a figure below 0.
+        "stats": {name: stats[name] for name in STATS if stats.get(name, -1) >= 0},
+        "sleep_pools": _sleep_pools_of(index),
         "free_bytes": free_bytes,
         "total_bytes": total_bytes,
     }
@@ -103,29 +159,88 @@ def _reserved(torch_cuda: Any, index: int) -> int:  # noqa: ANN401  # torch's mo
     return int(torch_cuda.memory_reserved(index))
 
 
-def _empty_summary() -> dict[str, int]:
-    return {
-        "segments": 0,
-        "private_pool_segments": 0,
-        "blocks": 0,
-        "reserved_bytes": 0,
-        "inactive_bytes": 0,
-        "releasable_bytes": 0,
-        "largest_free_block_bytes": 0,
-    }
+def _sleep_mode() -> dict[int, Any]:
+    """What vLLM can unmap, by address, as its table is at this instant; empty without sleep mode."""
+    module = sys.modules.get("vllm.device_allocator.cumem")
+    instance = getattr(getattr(module, "CuMemAllocator", None), "instance", None)
+    return dict(getattr(instance, "pointer_to_data", None) or {})
 
 
-def _add_segment(summary: dict[str, int], segment: dict[str, Any]) -> None:
-    blocks = segment["blocks"]
-    free = [int(block["size"]) for block in blocks if block["state"] == _INACTIVE]
-    is_private = tuple(segment.get("segment_pool_id", (0, 0))) != (
-        0,
-        0,
-    )  # of a CUDA graph, or of the program's own
+def _state(data: Any) -> str:  # noqa: ANN401  # vLLM's
+    is_asleep = getattr(data, "is_asleep", None)
+    if is_asleep is None:  # not noted: but what lies in the host's memory is not on the device
+        return _UNKNOWN if data.cpu_backup_tensor is None else _ASLEEP
+    return _ASLEEP if is_asleep else _MAPPED
+
+
+def _sleep_pools_of(index: int) -> list[dict[str, Any]]:
+    with suppress(Exception):  # rule 3
+        return [
+            {name: pool[name] for name in ("tag", "state", "bytes")}
+            for pool in sleep_pools()
+            if pool["device"] == index
+        ]
+    return []
+
+
+def _sleeping() -> dict[int, bool]:
+    """Whether it is asleep, by the address of what sleep mode can unmap."""
+    with suppress(Exception):  # rule 3
+        return {int(at): _state(data) == _ASLEEP for at, data in _sleep_mode().items()}
+    return {}
+
+
+def _segments(torch_cuda: Any) -> list[dict[str, Any]]:  # noqa: ANN401  # torch's module
+    """Without the history of allocations, which torch keeps only where somebody asked it to."""
+    try:
+        return list(torch_cuda.memory_snapshot(include_traces=False))
+    except TypeError:  # a torch before that parameter
+        return list(torch_cuda.memory_snapshot())
+
+
+def _pool_of(segment: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(segment.get("segment_pool_id", _SHARED_POOL))
+
+
+def _add(summary: dict[str, int], segment: dict[str, Any]) -> None:
     summary["segments"] += 1
-    summary["private_pool_segments"] += is_private
-    summary["blocks"] += len(blocks)
+    summary["blocks"] += len(segment["blocks"])
     summary["reserved_bytes"] += int(segment["total_size"])
+
+
+def _free(segment: dict[str, Any]) -> list[int]:
+    return [int(block["size"]) for block in segment["blocks"] if block["state"] == _INACTIVE]
+
+
+def _add_shared(summary: dict[str, int], segment: dict[str, Any]) -> None:
+    free = _free(segment)
     summary["inactive_bytes"] += sum(free)
-    summary["releasable_bytes"] += int(segment["total_size"]) if len(free) == len(blocks) else 0
+    summary["releasable_bytes"] += _releasable(segment)
     summary["largest_free_block_bytes"] = max(summary["largest_free_block_bytes"], *free, 0)
+
+
+def _add_private(
+    summary: dict[str, int], segment: dict[str, Any], *, is_graph: bool = False, is_unbacked: bool = False
+) -> None:
+    size = int(segment["total_size"])
+    summary["private_pool_segments"] += 1
+    summary["private_reserved_bytes"] += size
+    summary["private_inactive_bytes"] += sum(_free(segment))
+    summary["graph_pool_bytes"] += size if is_graph else 0
+    summary["unbacked_bytes"] += size if is_unbacked else 0
+
+
+def _releasable(segment: dict[str, Any]) -> int:
+    """A whole segment, or of an expandable one, of which only what is mapped is told, its free pages."""
+    blocks = segment["blocks"]
+    if not segment.get("is_expandable"):
+        is_free = all(block["state"] == _INACTIVE for block in blocks)
+        return int(segment["total_size"]) if is_free else 0
+    page = _PAGE_BYTES.get(str(segment.get("segment_type")), _PAGE_BYTES["large"])
+    offset = pages = 0
+    for block in blocks:
+        end = offset + int(block["size"])
+        if block["state"] == _INACTIVE:
+            pages += max(0, end // page - -(-offset // page))
+        offset = end
+    return pages * page

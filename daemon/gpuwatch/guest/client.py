@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from . import wire
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
@@ -64,11 +65,16 @@ def ask(path: Path, what: str, *, within_s: float = 2.0) -> dict[str, Any]:
 
 
 def ask_all(
-    paths: dict[int, Path], what: str, *, within_s: float = 2.0, most_bytes: int = wire.MOST_ANSWER_BYTES
+    paths: dict[int, Path],
+    what: str,
+    *,
+    more: Mapping[str, Any] | None = None,
+    within_s: float = 2.0,
+    most_bytes: int = wire.MOST_ANSWER_BYTES,
 ) -> dict[int, dict[str, Any] | GuestError]:
-    """What each guest answers, all of them asked at once."""
+    """What each guest answers, all of them asked at once; `more` is what is said beside the question."""
     deadline_s = time.monotonic() + within_s
-    request = wire.encode({"ask": what}, wire.MOST_REQUEST_BYTES)
+    request = wire.encode({**(more or {}), "ask": what}, wire.MOST_REQUEST_BYTES)
     answers: dict[int, dict[str, Any] | GuestError] = {}
     with selectors.DefaultSelector() as talks:
         for pid, path in paths.items():

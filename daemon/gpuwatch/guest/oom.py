@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any, Final
 
@@ -50,6 +51,7 @@ class Observer:
                     "protocol": wire.PROTOCOL,
                     **identity.identity(),
                     "count": self._count,
+                    "at_ms": time.time_ns() // 1_000_000,
                     "device": device,
                     "uuid": self._uuids.get(device, ""),
                     "asked_bytes": asked_bytes,

@@ -16,7 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from . import allocator, identity, oom, stacks, wire
+from . import admission, allocator, identity, oom, scheduler, stacks, wire
+from .limits import HELD
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -30,14 +31,7 @@ _BACKLOG: Final = 16
 _MOST_ERROR: Final = 500
 # Signals of the process are for its own threads; those that a thread brings on itself are its own.
 _OWN_SIGNALS: Final = frozenset({"SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS"})
-
-
-_ANSWERS: Final[Mapping[str, Callable[[], dict[str, Any]]]] = {
-    "figures": allocator.figures,
-    "snapshot": allocator.snapshot,
-    "stacks": stacks.stacks,
-    "release": allocator.release,
-}
+_WITHOUT_ENGINE: Final = ("api_server", "worker")
 
 
 class Guest(threading.Thread):
@@ -82,6 +76,7 @@ class Guest(threading.Thread):
     def _round(self) -> float:
         """Seconds until the next one; a round that listened has waited already."""
         self._observer.attach()
+        HELD.forget_lapsed()
         if self._listener is None or not self._path.is_socket():
             self.abandon()
             if not self._path.parent.is_dir():
@@ -168,5 +163,30 @@ def _answer(line: bytes) -> dict[str, Any]:
 
 
 def _said(line: bytes) -> dict[str, Any]:
-    answer = _ANSWERS.get(str(wire.decode(line).get("ask")))
-    return answer() if answer else {"error": f"this guest can answer no more than {', '.join(_ANSWERS)}"}
+    request = wire.decode(line)
+    answer = _ANSWERS.get(str(request.get("ask")))
+    return (
+        answer(request) if answer else {"error": f"this guest can answer no more than {', '.join(_ANSWERS)}"}
+    )
+
+
+def _figures(_: Mapping[str, Any]) -> dict[str, Any]:
+    return {**allocator.figures(), **scheduler.figures(), **admission.figures()}
+
+
+def _limit(request: Mapping[str, Any]) -> dict[str, Any]:
+    """`applied`: limit by name; `lacks`: why not, by name; both together are what was asked."""
+    limits = HELD.take(request)
+    may_have_engine = identity.identity()["role"] not in _WITHOUT_ENGINE
+    caps, lacking_caps = scheduler.keep(limits, may_have_engine=may_have_engine)
+    door, lacking_door = admission.keep(limits)
+    return {"applied": {**caps, **door}, "lacks": {**lacking_caps, **lacking_door}}
+
+
+_ANSWERS: Final[Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
+    "figures": _figures,
+    "snapshot": lambda _: allocator.snapshot(),
+    "stacks": lambda _: stacks.stacks(),
+    "release": lambda _: allocator.release(),
+    "limit": _limit,
+}

@@ -10,10 +10,16 @@ import os
 from typing import TYPE_CHECKING, Final, Protocol
 
 from gpuwatch.errors import ServerError
-from gpuwatch.servers.looks import look, unseen
+from gpuwatch.servers.evidence import evidence
+from gpuwatch.servers.observed import observed, unseen
 from gpuwatch.servers.phase import Health, HealthAnswer, judge, samples
 from gpuwatch.servers.played import PlayedSupervisor
 from gpuwatch.servers.process import ProcessSupervisor
+from gpuwatch.servers.progress import judge as judge_progress
+from gpuwatch.servers.progress import samples as progress_samples
+from gpuwatch.servers.starts.log import FileLog, JournalLog
+from gpuwatch.servers.starts.watch import StartWatch
+from gpuwatch.servers.starts.watch import samples as start_samples
 from gpuwatch.servers.systemd import SystemdSupervisor
 
 if TYPE_CHECKING:
@@ -29,12 +35,18 @@ __all__ = [
     "HealthAnswer",
     "PlayedSupervisor",
     "ProcessSupervisor",
+    "StartWatch",
     "Supervisor",
     "SystemdSupervisor",
+    "evidence",
     "judge",
-    "look",
+    "judge_progress",
+    "observed",
     "process_of",
+    "progress_samples",
     "samples",
+    "start_samples",
+    "start_watch_of",
     "supervisor_of",
     "unseen",
 ]
@@ -79,11 +91,20 @@ def process_of(server: ServerSettings, state_dir: Path) -> ProcessSupervisor:
         name=server.name,
         command=process.command,
         state_dir=state_dir,
-        log_file=process.log_file or state_dir / f"process-{server.name}.log",
+        log_file=process.log_file or _log_file(server.name, state_dir),
         env=inherited | process.env,
         cwd=process.cwd,
         stop_timeout_ms=process.stop_timeout,
     )
+
+
+def start_watch_of(server: ServerSettings, state_dir: Path) -> StartWatch:
+    """What follows the starts of a server that has a supervisor, in the log that it keeps."""
+    if server.supervisor and server.supervisor.systemd:
+        return StartWatch(server.name, JournalLog(server.supervisor.systemd))
+    process = server.supervisor.process if server.supervisor else None
+    log_file = process.log_file if process else None
+    return StartWatch(server.name, FileLog(log_file or _log_file(server.name, state_dir)))
 
 
 def supervisor_of(server: ServerSettings, state_dir: Path) -> Supervisor:
@@ -99,6 +120,11 @@ SUPERVISORS: Final[Mapping[str, Callable[[ServerSettings, Path], Supervisor]]] =
     "process": process_of,
 }
 """What makes a supervisor of a server's settings, by the kind's key in `supervisor:`."""
+
+
+def _log_file(server: str, state_dir: Path) -> Path:
+    return state_dir / f"process-{server}.log"
+
 
 # What systemd and our unit give to gpuwatch itself: a server must neither feed our watchdog, nor read our
 # secrets, nor run without its own asserts and docstrings.

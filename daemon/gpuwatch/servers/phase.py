@@ -83,7 +83,7 @@ def judge(
 
 
 def samples(state: ServerState) -> list[Sample]:
-    """`server_down`, `server_phase` for every phase, and `server_start_time_seconds` while it starts."""
+    """`server_down`, `server_stopping`, `server_phase` for every phase; `server_start_time_seconds` in a start."""
     at_ms = state.seen_at_ms
     down = float(state.phase is ServerPhase.DOWN)
     made = [Sample(Labels.of("server_down", server=state.name), at_ms, down)]
@@ -91,6 +91,10 @@ def samples(state: ServerState) -> list[Sample]:
         Sample(Labels.of("server_phase", server=state.name, phase=phase), at_ms, float(state.phase is phase))
         for phase in ServerPhase
     ]
+    its = state.supervisor
+    # A crash too is a deactivating unit, but one whose main process is gone.
+    is_stopping = its.stop_asked or (its.phase is SupervisorPhase.DEACTIVATING and its.pid is not None)
+    made.append(Sample(Labels.of("server_stopping", server=state.name), at_ms, float(is_stopping)))
     if state.starting_since_ms is not None:
         began_s = state.starting_since_ms / 1000
         made.append(Sample(Labels.of("server_start_time_seconds", server=state.name), at_ms, began_s))

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Final
 from gpuwatch.errors import ServerError
 from gpuwatch.records import SupervisorPhase, SupervisorState
 from gpuwatch.servers import session
+from gpuwatch.servers.starts.log import mark
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -182,6 +183,7 @@ class ProcessSupervisor:
         self._save(life)
         env = {**self.env, SERVER: self.name, START_ID: life.start_id}
         try:
+            session.note(self.log_file, mark(self.name, now_ms))
             leader = session.spawn(program, env, self.log_file)
         except OSError as error:
             self._path("json").unlink(missing_ok=True)

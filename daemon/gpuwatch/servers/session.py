@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+_APPEND: Final = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 _PROC: Final = Path("/proc")
 _ENDED: Final = frozenset("ZXx")  # a zombie holds no memory and serves nobody
 
@@ -39,19 +40,27 @@ class _Stat:
     start_ticks: int
 
 
+def note(log_file: Path, line: str) -> None:
+    """Append a line to the log that `spawn` goes on with; OSError."""
+    file = os.open(log_file, _APPEND, 0o640)
+    try:
+        os.write(file, line.encode())
+    finally:
+        os.close(file)
+
+
 def spawn(program: list[str], env: Mapping[str, str], log_file: Path) -> Leader:
     """Start `program` as leader of a session of its own; OSError if that fails.
 
     Standard input is /dev/null, output is appended to `log_file`; signals are as a shell gives them.
     """
-    append = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     pid = os.posix_spawn(
         program[0],
         program,
         env,
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-            (os.POSIX_SPAWN_OPEN, 1, str(log_file), append, 0o640),
+            (os.POSIX_SPAWN_OPEN, 1, str(log_file), _APPEND, 0o640),
             (os.POSIX_SPAWN_DUP2, 1, 2),
         ],
         setsid=True,

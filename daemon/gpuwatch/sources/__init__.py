@@ -5,14 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from gpuwatch import clock
 from gpuwatch.guest import wire
 from gpuwatch.sources.allocator import AllocatorSource
+from gpuwatch.sources.events import EventSource
 from gpuwatch.sources.gpus import load_nvml
 from gpuwatch.sources.host import HostSource
+from gpuwatch.sources.kernel import kernel_source
 from gpuwatch.sources.nvml import NvmlSource, NvmlStaticSource
+from gpuwatch.sources.probe import ProbeSource
 from gpuwatch.sources.processes import PsutilNames
+from gpuwatch.sources.server_processes import ProcessesSource
+from gpuwatch.sources.trees import Trees
 from gpuwatch.sources.vllm import HealthSource, MetricsSource, local_session
-from gpuwatch.sources.xid import XidSource
 
 if TYPE_CHECKING:
     from gpuwatch.config import Settings
@@ -22,19 +27,23 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AllocatorSource",
+    "EventSource",
     "HealthSource",
     "HostSource",
     "MetricsSource",
     "NvmlSource",
     "NvmlStaticSource",
+    "ProbeSource",
+    "ProcessesSource",
     "PsutilNames",
     "Source",
-    "XidSource",
+    "Trees",
     "aliased",
     "load_nvml",
     "local_session",
     "of_host",
     "open_recording",
+    "probes_of",
     "recorder",
 ]
 
@@ -53,22 +62,42 @@ class Source(Protocol):
         ...
 
 
-def of_host(settings: Settings) -> list[Source]:
-    """The sources of this host; SourceError if NVIDIA's Python binding is not installed."""
+def of_host(settings: Settings, trees: Trees) -> list[Source]:
+    """The sources of this host; SourceError if NVIDIA's Python binding is not installed.
+
+    `trees` comes to know which process belongs to which server.
+    """
     nvml, every = load_nvml(), settings.sources
     eyes: list[Source] = [
-        NvmlSource(nvml, interval_ms=every.nvml_interval),
+        NvmlSource(nvml, trees=trees, interval_ms=every.nvml_interval),
         NvmlStaticSource(nvml),
-        XidSource(nvml),
+        EventSource(nvml),
         HostSource(settings.state_dir, interval_ms=every.host_interval),
-        AllocatorSource(Path(wire.folder()), nvml),
+        ProcessesSource(trees, settings.servers),
+        AllocatorSource(Path(wire.folder()), nvml, trees),
     ]
+    if kernel := kernel_source(clock.SystemClock().now_ms() // 1000):
+        eyes.append(kernel)
     for server in settings.servers:
         eyes += [
             MetricsSource(server.name, server.url, local_session(), interval_ms=every.metrics_interval),
             HealthSource(server.name, server.url, local_session(), interval_ms=every.health_interval),
         ]
     return aliased(eyes, settings)
+
+
+def probes_of(settings: Settings) -> dict[str, ProbeSource]:
+    """By server, those that ask nothing until they are told to."""
+    return {
+        server.name: ProbeSource(
+            server.name,
+            server.url,
+            local_session(),
+            key_file=server.api_key_file,
+            canary_timeout_s=server.canary.timeout / 1000,
+        )
+        for server in settings.servers
+    }
 
 
 def aliased(eyes: list[Source], settings: Settings) -> list[Source]:

@@ -1,201 +1,142 @@
-"""Figures of torch's CUDA allocator, which guests in the watched processes tell; changes nothing there.
+"""Samples of torch's CUDA allocator in the processes that have a guest, and of what else guests tell.
 
-Rule 1: a guest that does not answer in time is passed over, and left in peace for a while.
-Rule 2: what a guest says is checked before it is believed: whose it is, names, numbers, sizes.
-Rule 3: a counter is 0 in the read that first gives it, so that `increase()` sees what made it appear.
-Rule 4: an out-of-memory error is counted from the file that it leaves, whether its process lives or not.
+A CUDA graph's pool looks free between two replays, and vLLM's sleep mode unmaps what torch goes on counting:
+the counters of each second are corrected by the last snapshot; without one the corrected series are left out.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Final
-
-import msgspec
-from msgspec import Meta
+from typing import TYPE_CHECKING, Final
 
 from gpuwatch.errors import SourceError
-from gpuwatch.guest import client
 from gpuwatch.guest.client import GuestError
 from gpuwatch.records import Labels, Metric, MetricKind, Sample
+from gpuwatch.sources import limits, ooms
 from gpuwatch.sources.gpus import Gpus
+from gpuwatch.sources.guests import Guests, Where
+from gpuwatch.sources.ooms import Ooms
+from gpuwatch.sources.trees import Trees
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from gpuwatch.sources.gpus import Nvml
+    from gpuwatch.sources.guests import Device, Figures, Summary
+
+_ALLOCATED: Final = "allocated_bytes.all.current"
+_RESERVED: Final = "reserved_bytes.all.current"
+SLACK: Final = "cuda_allocator_slack_bytes"
+LARGEST: Final = "cuda_allocator_largest_free_block_bytes"
+FRAGMENTS: Final = "cuda_allocator_fragments_bytes"
+RELEASABLE: Final = "cuda_allocator_releasable_bytes"
+GRAPHS: Final = "cuda_graph_pool_bytes"
+FRAGMENTATION: Final = "cuda_allocator_fragmentation_ratio"
+SLEEP_POOL: Final = "cuda_sleep_pool_bytes"
 
 # PyTorch's own figures (`torch.cuda.memory_stats`) and the metrics they make.
 FIGURES: Final = (
-    ("allocated_bytes.all.current", "cuda_allocator_allocated_bytes", "Bytes that live tensors take."),
-    (
-        "reserved_bytes.all.current",
-        "cuda_allocator_reserved_bytes",
-        "Bytes the allocator holds of the driver.",
-    ),
+    (_ALLOCATED, "cuda_allocator_allocated_bytes", "Bytes that live tensors take, asleep or not."),
+    (_RESERVED, "cuda_allocator_reserved_bytes", "Bytes the allocator counts as held of the driver."),
     ("active_bytes.all.current", "cuda_allocator_active_bytes", "Bytes in blocks that are used or awaited."),
     (
         "inactive_split_bytes.all.current",
         "cuda_allocator_inactive_split_bytes",
-        "Bytes in free rests of split blocks, which cannot be given back.",
+        "Bytes in free rests of split blocks, which cannot be given back; CUDA graphs use theirs.",
     ),
     ("num_alloc_retries", "cuda_allocator_retries_total", "Allocations that first had to empty the cache."),
     ("num_ooms", "cuda_allocator_ooms_total", "Allocations that failed for want of memory."),
 )
-OOM_EVENTS: Final = "cuda_oom_events_total"
-OOM_ASKED: Final = "cuda_oom_asked_bytes"
-OOM_FREE: Final = "cuda_oom_free_bytes"
+_BY_WORKER: Final = ("gpu", "uuid", "worker", "server")
 
-METRICS: Final = tuple(
-    Metric(
-        name=name,
-        kind=MetricKind.COUNTER if name.endswith("_total") else MetricKind.GAUGE,
-        help=text,
-        labels=("gpu", "uuid", "worker"),
-    )
-    for name, text in (
-        *((name, text) for _, name, text in FIGURES),
-        (
-            OOM_EVENTS,
-            "Out-of-memory errors that processes left word of, also in the moment before their end.",
-        ),
-        (OOM_ASKED, "Bytes that the last allocation to fail had asked for."),
-        (OOM_FREE, "Bytes that the driver had free when the last allocation failed."),
-    )
+
+def _metric(name: str, text: str, *labels: str) -> Metric:
+    kind = MetricKind.COUNTER if name.endswith("_total") else MetricKind.GAUGE
+    return Metric(name=name, kind=kind, help=text, labels=(*_BY_WORKER, *labels))
+
+
+METRICS: Final = (
+    *(_metric(name, text) for _, name, text in FIGURES),
+    _metric(SLACK, "Bytes reserved less allocated in torch's own pool: cached, by no tensor used."),
+    _metric(LARGEST, "Bytes of the largest free block in torch's own pool."),
+    _metric(FRAGMENTS, "Bytes free in torch's own pool that emptying the cache would not give back."),
+    _metric(RELEASABLE, "Bytes that emptying the cache would give back to the driver."),
+    _metric(
+        GRAPHS,
+        "Bytes reserved in pools of CUDA graphs, and of the program's own; sleep mode's are not in it.",
+    ),
+    _metric(
+        FRAGMENTATION,
+        "1 less allocated by reserved, in torch's own pool; none in sleep mode, whose tensors lie elsewhere.",
+    ),
+    _metric(
+        SLEEP_POOL,
+        "Bytes of vLLM's sleep mode by tag and state: mapped, asleep, or unknown where vLLM notes neither.",
+        *("tag", "state"),
+    ),
+    *ooms.METRICS,
+    *limits.METRICS,
 )
-
-_MOST_GUESTS: Final = 128
-_MOST_TALLIES: Final = 256
-_MOST_ANSWER_BYTES: Final = 64 * 1024
-_REST_MS: Final = 5000
-
-_Bytes = Annotated[int, Meta(ge=0, le=1 << 60)]
-_Index = Annotated[int, Meta(ge=0, le=1023)]
-_Name = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_.:-]{1,48}\Z")]
-_Uuid = Annotated[str, Meta(pattern=r"\A((GPU|MIG)-[A-Za-z0-9/-]{1,64})?\Z")]
-
-
-class _Device(msgspec.Struct):
-    device: _Index
-    uuid: _Uuid
-    stats: dict[str, _Bytes]
-
-
-class _Figures(msgspec.Struct):
-    worker: _Name
-    devices: Annotated[list[_Device], Meta(max_length=32)]
-
-
-class _Oom(msgspec.Struct):
-    worker: _Name
-    device: _Index
-    uuid: _Uuid
-    count: Annotated[int, Meta(ge=1, le=1_000_000)]
-    asked_bytes: _Bytes
-    free_bytes: _Bytes
-
-
-@dataclass(slots=True)
-class _Tally:
-    """The out-of-memory errors of one worker on one GPU; `told` once its 0 has been given."""
-
-    count: int = 0
-    asked_bytes: int = 0
-    free_bytes: int = 0
-    told: bool = False
 
 
 class AllocatorSource:
-    """`cuda_allocator_*` and `cuda_oom_*` of every process that a guest lives in."""
+    """`cuda_allocator_*` and `cuda_oom_*` of every process that a guest lives in, and what servers admit."""
 
     name = "allocator"
 
-    def __init__(self, folder: Path, nvml: Nvml, *, interval_ms: int = 1000, within_s: float = 1.0) -> None:
-        """`folder` need not exist; `within_s` bounds a read, whatever the guests do."""
+    def __init__(
+        self,
+        folder: Path,
+        nvml: Nvml,
+        trees: Trees | None = None,
+        *,
+        interval_ms: int = 1000,
+        within_s: float = 1.0,
+    ) -> None:
+        """`folder` need not exist; a read takes at most `within_s`, and once more where a snapshot is due."""
         self.interval_ms = interval_ms
-        self._folder = folder
-        self._within_s = within_s
+        self._guests = Guests(folder, trees or Trees(), within_s=within_s)
+        self._ooms = Ooms(folder, self._guests.server_of)
         self._gpus = Gpus(nvml)
         self._indices: dict[str, str] = {}
-        self._rest_until_ms: dict[int, int] = {}
-        self._tallies: dict[tuple[str, str], _Tally] = {}
 
     def read(self, now_ms: int) -> list[Sample]:
         """SourceError if the folder may not be read, or what lies in it not be taken."""
         try:
-            sockets = client.listed(self._folder)
-            self._take_ooms()
+            self._ooms.read(now_ms)
+            figures = self._guests.figures(now_ms)
         except GuestError as error:
             raise SourceError(str(error)) from error
-        values = _values(self._answers(sockets, now_ms))
-        self._learn_indices({uuid for _, uuid, _ in values} | {uuid for uuid, _ in self._tallies}, now_ms)
+        found = [*self._of_allocators(figures)]
+        living = {where for where, *_ in found}
+        found += [(where, metric, {}, value) for where, metric, value in self._ooms.figures(living)]
+        self._learn_indices({where.uuid for where, *_ in found}, now_ms)
         samples = [
-            Sample(self._labels(metric, uuid, worker), now_ms, float(value))
-            for (metric, uuid, worker), value in values.items()
+            Sample(self._labels(where, metric, more), now_ms, value) for where, metric, more, value in found
         ]
-        return samples + self._oom_samples({(uuid, worker) for _, uuid, worker in values}, now_ms)
+        return samples + [Sample(labels, now_ms, value) for labels, value in self._of_servers(figures)]
 
-    def _answers(self, sockets: Mapping[int, Path], now_ms: int) -> list[_Figures]:
-        self._rest_until_ms = {pid: at for pid, at in self._rest_until_ms.items() if at > now_ms}
-        awake = [pid for pid in sorted(sockets) if pid not in self._rest_until_ms][:_MOST_GUESTS]
-        asked = {pid: sockets[pid] for pid in awake}
-        found = []
-        answers = client.ask_all(asked, "figures", within_s=self._within_s, most_bytes=_MOST_ANSWER_BYTES)
-        for pid, answer in answers.items():
-            try:
-                found.append(_believed(answer))
-            except GuestError as error:
-                self._pass_over(pid, sockets[pid], error, now_ms)
-        return found
+    def _of_allocators(self, figures: Iterable[Figures]) -> Iterator[_Found]:
+        """By worker and GPU: two processes of one name on one GPU are added up."""
+        tables: defaultdict[Where, _Table] = defaultdict(_Table)
+        for process in figures:
+            summaries = self._guests.summaries(process.pid)
+            for device in process.devices:
+                where = Where(device.uuid, process.worker, self._guests.server_of(process.pid))
+                tables[where].add(device, summaries.get(device.uuid))
+        for where, table in tables.items():
+            for metric, more, value in table.values():
+                yield where, metric, more, value
 
-    def _pass_over(self, pid: int, path: Path, error: GuestError, now_ms: int) -> None:
-        """A socket that nobody listens at is what a killed process left."""
-        if error.is_gone:
-            with suppress(OSError):
-                path.unlink()
-        else:
-            self._rest_until_ms[pid] = now_ms + _REST_MS
-
-    def _take_ooms(self) -> None:
-        for path in client.listed(self._folder, ".oom").values():
-            try:
-                event = msgspec.convert(client.take_oom(path), _Oom)
-            except PermissionError as error:
-                cure = f"to cure it, make this user the owner of {self._folder}"
-                raise SourceError(f"take {path}: {error.strerror}; {cure}") from error
-            except (GuestError, OSError, msgspec.ValidationError):
-                continue  # not what a guest leaves
-            self._count(event)
-
-    def _count(self, event: _Oom) -> None:
-        tally = self._tally(event.uuid, event.worker)
-        tally.count += event.count
-        tally.asked_bytes, tally.free_bytes = event.asked_bytes, event.free_bytes
-
-    def _tally(self, uuid: str, worker: str) -> _Tally:
-        """Of names without end the oldest are forgotten."""
-        if (uuid, worker) not in self._tallies and len(self._tallies) >= _MOST_TALLIES:
-            del self._tallies[next(iter(self._tallies))]
-        return self._tallies.setdefault((uuid, worker), _Tally())
-
-    def _oom_samples(self, living: set[tuple[str, str]], now_ms: int) -> list[Sample]:
-        """Of those who told their figures, and of those who had an error, for as long as gpuwatch runs."""
-        self._tallies = {key: t for key, t in self._tallies.items() if t.count or key in living}
-        for uuid, worker in sorted(living - self._tallies.keys()):
-            self._tally(uuid, worker)
-        samples = []
-        for (uuid, worker), tally in self._tallies.items():
-            figures = {OOM_EVENTS: tally.count if tally.told else 0}
-            if tally.count:
-                figures |= {OOM_ASKED: tally.asked_bytes, OOM_FREE: tally.free_bytes}
-            tally.told = True
-            samples += [
-                Sample(self._labels(metric, uuid, worker), now_ms, float(value))
-                for metric, value in figures.items()
-            ]
-        return samples
+    def _of_servers(self, figures: Iterable[Figures]) -> Iterator[tuple[Labels, float]]:
+        by_server: defaultdict[str, list[Figures]] = defaultdict(list)
+        for process in figures:
+            by_server[self._guests.server_of(process.pid)].append(process)
+        for server, its in by_server.items():
+            if server:
+                yield from limits.values(server, its)
 
     def _learn_indices(self, uuids: set[str], now_ms: int) -> None:
         """NVML is opened for it only where a guest has told of a GPU."""
@@ -203,27 +144,59 @@ class AllocatorSource:
             with suppress(SourceError):
                 self._indices |= {gpu.uuid: str(gpu.index) for gpu in self._gpus.listed(now_ms)}
 
-    def _labels(self, metric: str, uuid: str, worker: str) -> Labels:
+    def _labels(self, where: Where, metric: str, more: dict[str, str]) -> Labels:
         """Without `gpu` where NVML does not know the GPU: a process numbers those that it sees by itself."""
-        return Labels.of(metric, gpu=self._indices.get(uuid, ""), uuid=uuid, worker=worker)
+        return Labels.of(metric, gpu=self._indices.get(where.uuid, ""), **where._asdict(), **more)
 
 
-def _believed(answer: dict[str, Any] | GuestError) -> _Figures:
-    if isinstance(answer, GuestError):
-        raise answer
-    try:
-        return msgspec.convert(answer, _Figures)
-    except msgspec.ValidationError as error:
-        raise GuestError(f"guest {answer['pid']}: {client.printable(error)}") from None
+_Found = tuple[Where, str, dict[str, str], float]
 
 
-def _values(answers: list[_Figures]) -> dict[tuple[str, str, str], int]:
-    """By metric, uuid and worker: two processes of one name on one GPU are added up."""
-    values: dict[tuple[str, str, str], int] = {}
-    for answer in answers:
-        for device in answer.devices:
-            for figure, metric, _ in FIGURES:
-                if figure in device.stats:
-                    key = metric, device.uuid, answer.worker
-                    values[key] = values.get(key, 0) + device.stats[figure]
-    return values
+class _Table:
+    """The figures of one worker on one GPU, of one process or of several."""
+
+    def __init__(self) -> None:
+        self._stats: defaultdict[str, int] = defaultdict(int)
+        self._sleeping: defaultdict[tuple[str, str], int] = defaultdict(int)
+        self._summaries: list[Summary] = []
+        self._processes = 0
+
+    def add(self, device: Device, summary: Summary | None) -> None:
+        for name, value in device.stats.items():
+            self._stats[name] += value
+        for pool in device.sleep_pools:
+            self._sleeping[pool.tag, pool.state] += pool.bytes
+        self._summaries += [] if summary is None else [summary]
+        self._processes += 1
+
+    def values(self) -> Iterator[tuple[str, dict[str, str], float]]:
+        """Metric, labels beside those of the worker, and value."""
+        for (tag, state), size in self._sleeping.items():
+            yield SLEEP_POOL, {"tag": tag, "state": state}, float(size)
+        is_seen = len(self._summaries) == self._processes
+        figures = {metric: self._stats[name] for name, metric, _ in FIGURES if name in self._stats}
+        for metric, value in (figures | (self._seen() | self._corrected() if is_seen else {})).items():
+            yield metric, {}, float(value)
+
+    def _seen(self) -> dict[str, int]:
+        """As the last snapshot found it."""
+        inactive, releasable = (self._sum(name) for name in ("inactive_bytes", "releasable_bytes"))
+        return {
+            LARGEST: max(one.largest_free_block_bytes for one in self._summaries),
+            FRAGMENTS: max(0, inactive - releasable),
+            RELEASABLE: releasable,
+            GRAPHS: self._sum("graph_pool_bytes"),
+        }
+
+    def _corrected(self) -> dict[str, float]:
+        """Torch's counters of this second less what the last snapshot found in pools that are not its own."""
+        if not {_ALLOCATED, _RESERVED} <= self._stats.keys():
+            return {}
+        reserved = self._stats[_RESERVED]
+        own = reserved - self._sum("private_reserved_bytes")
+        slack = max(0, reserved - self._stats[_ALLOCATED] - self._sum("private_inactive_bytes"))
+        is_whole = own > 0 and not self._sleeping
+        return {SLACK: slack} | ({FRAGMENTATION: min(1.0, slack / own)} if is_whole else {})
+
+    def _sum(self, name: str) -> int:
+        return sum(getattr(one, name) for one in self._summaries)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from gpuwatch.records import Labels, Sample
-from gpuwatch.sources.xid import XID_ERRORS, XIDS
+from gpuwatch.sources.events import XID_ERRORS, XIDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     _Series = tuple[tuple[Labels, Callable[[float], float]], ...]
 
-_NVML_SOURCES: Final = frozenset({"nvml", "nvml_static", "xid"})
+_NVML_SOURCES: Final = frozenset({"nvml", "nvml_static", "events"})
 
 
 def _same(value: float) -> float:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from gpuwatch.records import Labels, Metric, MetricKind, Sample
 from gpuwatch.sources import readings
 from gpuwatch.sources.gpus import Gpu, GpuLostError, Gpus
-from gpuwatch.sources.processes import PsutilNames, owner_of
+from gpuwatch.sources.processes import Owner, PsutilNames, owner_of
 from gpuwatch.sources.readings import Question
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from gpuwatch.sources.gpus import Nvml
     from gpuwatch.sources.processes import ProcessNames
+    from gpuwatch.sources.trees import Trees
 
 _PROCESSES: Final = Question("nvmlDeviceGetComputeRunningProcesses", (), ())
 _MOST_CACHED: Final = 4096
@@ -48,8 +49,8 @@ METRICS: Final = (
     Metric(
         name="gpu_process_memory_used_bytes",
         kind=MetricKind.GAUGE,
-        help="Device memory of all processes of this name; owner is vllm, foreign or unknown.",
-        labels=("gpu", "uuid", "process", "owner"),
+        help="Device memory of all processes of this name; owner is vllm, orphan, foreign or unknown.",
+        labels=("gpu", "uuid", "process", "owner", "server", "user", "unit"),
     ),
     Metric(
         name="gpu_info",
@@ -65,12 +66,23 @@ class NvmlSource:
 
     name = "nvml"
 
-    def __init__(self, nvml: Nvml, *, names: ProcessNames | None = None, interval_ms: int = 1000) -> None:
-        """`names` looks up whose the processes are, on this host by default; touches nothing until read."""
+    def __init__(
+        self,
+        nvml: Nvml,
+        *,
+        names: ProcessNames | None = None,
+        trees: Trees | None = None,
+        interval_ms: int = 1000,
+    ) -> None:
+        """`names` looks up whose the processes are, on this host by default; touches nothing until read.
+
+        `trees` knows which server has which process.
+        """
         self.interval_ms = interval_ms
+        self._trees = trees
         self._gpus = Gpus(nvml)
         self._names = names or PsutilNames()
-        self._process_series: dict[tuple[int, str, str, str], Labels] = {}
+        self._process_series: dict[tuple[int, str, Owner], Labels] = {}
 
     def read(self, now_ms: int) -> list[Sample]:
         """All readings of all GPUs; SourceError if NVML as a whole fails."""
@@ -93,23 +105,19 @@ class NvmlSource:
             return []
 
     def _read_processes(self, gpu: Gpu, now_ms: int) -> list[Sample]:
-        used: defaultdict[tuple[str, str], int] = defaultdict(int)
+        used: defaultdict[Owner, int] = defaultdict(int)
         for process in self._gpus.answer(gpu, _PROCESSES, now_ms) or ():
             if process.usedGpuMemory is not None:
-                used[owner_of(process.pid, self._names)] += process.usedGpuMemory
-        return [Sample(self._process_labels(gpu, *who), now_ms, float(total)) for who, total in used.items()]
+                used[owner_of(process.pid, self._names, self._trees)] += process.usedGpuMemory
+        return [Sample(self._process_labels(gpu, who), now_ms, float(total)) for who, total in used.items()]
 
-    def _process_labels(self, gpu: Gpu, process: str, owner: str) -> Labels:
-        key = gpu.index, gpu.uuid, process, owner
+    def _process_labels(self, gpu: Gpu, who: Owner) -> Labels:
+        key = gpu.index, gpu.uuid, who
         if key not in self._process_series:
             if len(self._process_series) >= _MOST_CACHED:
                 self._process_series.clear()
             self._process_series[key] = Labels.of(
-                "gpu_process_memory_used_bytes",
-                gpu=str(gpu.index),
-                uuid=gpu.uuid,
-                process=process,
-                owner=owner,
+                "gpu_process_memory_used_bytes", gpu=str(gpu.index), uuid=gpu.uuid, **who._asdict()
             )
         return self._process_series[key]
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, cast
 import psutil
 
 from gpuwatch.errors import SourceError
+from gpuwatch.sources.events import EventSource
 from gpuwatch.sources.gpus import UNKNOWN, Nvml, code_of
 from gpuwatch.sources.host import HostFigures
 from gpuwatch.sources.nvml import NvmlSource, NvmlStaticSource
@@ -25,7 +26,6 @@ from gpuwatch.sources.processes import ProcessIdentity, ProcessNames, PsutilName
 from gpuwatch.sources.readings import FIELD_NAMES, FIELD_VALUES, field_value
 from gpuwatch.sources.recorded import VERSIONS, answer_key
 from gpuwatch.sources.vllm import fetch_metrics, local_session, probe_health
-from gpuwatch.sources.xid import XidSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -196,7 +196,7 @@ class Recorder:
         # The protocol's members beyond the declared ones are answered by __getattr__, which mypy cannot see.
         self._nvml = NvmlSource(cast("Nvml", self._noting), names=self._names)
         self._nvml_static = NvmlStaticSource(cast("Nvml", self._noting_static))
-        self._xid = XidSource(cast("Nvml", self._noting_events))
+        self._events = EventSource(cast("Nvml", self._noting_events))
         self._host = HostFigures(state_dir)
         self._state_dir = state_dir
         self._static: list[dict[str, Any]] = []
@@ -236,7 +236,7 @@ class Recorder:
 
     def _read_events(self, now_ms: int) -> list[dict[str, int]] | None:
         with suppress(SourceError):  # the tick says why
-            self._xid.read(now_ms)
+            self._events.read(now_ms)
         return self._noting_events.taken_events()
 
     def _read_processes(self) -> list[dict[str, Any]]:
@@ -259,9 +259,11 @@ class Recorder:
         self._static_at_ms = now_ms
         with suppress(SourceError):  # noted as no devices; the tick says why
             self._nvml_static.read(now_ms)
-        read = self._noting_static.taken()
+        read, old = self._noting_static.taken(), self._static
+        events = self._noting_events.taken()  # which of them a GPU tells of
         self._static = [
-            (self._static[i] if i < len(self._static) else {}) | answers for i, answers in enumerate(read)
+            (old[i] if i < len(old) else {}) | answers | (events[i] if i < len(events) else {})
+            for i, answers in enumerate(read)
         ]
         line = {"kind": "static", "t": now_ms / 1000, "devices": self._static}
         self._file.write(line | self._noting_static.versions)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from gpuwatch.errors import SourceError
 from gpuwatch.records import Labels, Sample
 from gpuwatch.sources.allocator import FIGURES
+from gpuwatch.sources.events import EventSource
 from gpuwatch.sources.exposition import Exposition
 from gpuwatch.sources.gpus import FUNCTION_NOT_FOUND, GPU_IS_LOST, TIMEOUT, Nvml, load_nvml
 from gpuwatch.sources.host import host_samples
@@ -17,7 +18,6 @@ from gpuwatch.sources.nvml import NvmlSource, NvmlStaticSource
 from gpuwatch.sources.processes import RecordedNames
 from gpuwatch.sources.readings import FIELD_NAMES
 from gpuwatch.sources.vllm import HealthAnswer, health_samples
-from gpuwatch.sources.xid import XidSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -92,6 +92,11 @@ class RecordedNvml:
         fields = self._device(handle).get("fields", {})
         return [_field(fields.get(FIELD_NAMES.get(i, ""), {"code": FUNCTION_NOT_FOUND})) for i in ids]
 
+    def nvmlDeviceGetSupportedEventTypes(self, handle: int) -> int:  # noqa: N802  # NVML's name
+        """Recorded with what does not change; refuses where the recorder did not ask."""
+        known = self._recording.static["devices"][handle]
+        return int(self._believed(known, "nvmlDeviceGetSupportedEventTypes"))
+
     def nvmlEventSetCreate(self) -> _EventSet:  # noqa: N802  # NVML's name
         """Refuses if the recorder heard of no events."""
         if self._recording.present.get("events") is None:
@@ -125,7 +130,10 @@ class RecordedNvml:
         return partial(self._answer, function)
 
     def _answer(self, function: str, handle: int, *arguments: object) -> Any:  # noqa: ANN401  # NVML's structs
-        answer = self._device(handle).get(answer_key(function, arguments), {"code": FUNCTION_NOT_FOUND})
+        return self._believed(self._device(handle), answer_key(function, arguments))
+
+    def _believed(self, answers: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401  # NVML's structs
+        answer = answers.get(key, {"code": FUNCTION_NOT_FOUND})
         if isinstance(answer, dict) and "code" in answer:
             raise self._refusal(int(answer["code"]))
         return _struct(answer)
@@ -180,7 +188,7 @@ def recorded_sources(recording: Recording, servers: Sequence[str]) -> list[Sourc
     # The protocol's members beyond the declared ones are answered by __getattr__, which mypy cannot see.
     nvml = NvmlSource(cast("Nvml", RecordedNvml(recording, "present")), names=names)
     static = NvmlStaticSource(cast("Nvml", RecordedNvml(recording, "static")))
-    xid = XidSource(cast("Nvml", RecordedNvml(recording, "present")))
+    events = EventSource(cast("Nvml", RecordedNvml(recording, "present")))
 
     def read_nvml(now_ms: int) -> list[Sample]:
         names.set(recording.present.get("processes", ()))
@@ -189,7 +197,7 @@ def recorded_sources(recording: Recording, servers: Sequence[str]) -> list[Sourc
     played: list[Source] = [
         _Played(recording, nvml.name, nvml.interval_ms, read_nvml),
         _Played(recording, static.name, static.interval_ms, static.read),
-        _Played(recording, xid.name, xid.interval_ms, xid.read),
+        _Played(recording, events.name, events.interval_ms, events.read),
         _Played(recording, "host", 1000, partial(_host, recording)),
         _Played(recording, "allocator", 1000, partial(_allocator, recording)),
     ]

@@ -8,6 +8,7 @@ Rule 3: what says nothing about the server, such as a name that does not resolve
 from __future__ import annotations
 
 import builtins
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
@@ -20,12 +21,14 @@ from gpuwatch.records import Labels, Metric, MetricKind, Sample
 from gpuwatch.sources.exposition import Exposition
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 _MOST_BYTES: Final = 16 * 1024 * 1024
 _CHUNK_BYTES: Final = 64 * 1024
+_SMALL_BYTES: Final = 256 * 1024
 _CONNECT_S: Final = 3.0
 _METRICS_S: Final = 5.0
+_LOAD_S: Final = 1.0
 _TEXT_FORMAT: Final = {"Accept": "text/plain; version=0.0.4"}
 
 METRICS: Final = tuple(
@@ -51,7 +54,7 @@ class HealthAnswer:
 
 
 class MetricsSource:
-    """Everything on a server's `/metrics`, verbatim, with label `server`."""
+    """Everything on a server's `/metrics`, verbatim, with label `server`, and the count of `/load`."""
 
     def __init__(self, server: str, url: str, session: requests.Session, *, interval_ms: int = 2000) -> None:
         """`url` is the server's root; `session` comes from `local_session`."""
@@ -64,7 +67,12 @@ class MetricsSource:
 
     def read(self, now_ms: int) -> list[Sample]:
         """SourceError if there is no page, or it is malformed or larger than 16 MiB."""
-        return self._exposition.samples(fetch_metrics(self._server, self._url, self._session), now_ms)
+        samples = self._exposition.samples(fetch_metrics(self._server, self._url, self._session), now_ms)
+        in_flight = probe_load(self._url, self._session)
+        if in_flight is not None:
+            labels = Labels.of("server_requests_in_flight", server=self._server, source="load")
+            samples.append(Sample(labels, now_ms, float(in_flight)))
+        return samples
 
 
 class HealthSource:
@@ -136,6 +144,38 @@ def probe_health(server: str, url: str, session: requests.Session, timeout_s: fl
     return HealthAnswer(status=status, error=name, seconds=clock.monotonic_s() - began_s)
 
 
+def probe_load(url: str, session: requests.Session) -> int | None:
+    """The requests that the API holds by GET /load; None if it does not say.
+
+    0 for ever unless vLLM was started with --enable-server-load-tracking.
+    """
+    try:
+        answer = json.loads(fetch_small(url, "/load", session, _LOAD_S))
+    except (requests.RequestException, ValueError, RecursionError):
+        return None
+    load = answer.get("server_load") if isinstance(answer, dict) else None
+    return load if type(load) is int and load >= 0 else None
+
+
+def fetch_small(
+    url: str,
+    path: str,
+    session: requests.Session,
+    timeout_s: float,
+    headers: Mapping[str, str] | None = None,
+) -> bytes:
+    """A page of up to 256 KiB, in twice `timeout_s` at most; RequestException, also for any but a 200."""
+    until_s, body = clock.monotonic_s() + timeout_s, bytearray()
+    with _get(session, url, path, timeout_s, headers) as response:
+        if response.status_code != requests.codes.ok:
+            raise requests.HTTPError(f"HTTP {response.status_code}")
+        for byte in response.iter_content(1):  # more at once would wait for all of it, however slow it drips
+            body += byte
+            if len(body) > _SMALL_BYTES or clock.monotonic_s() > until_s:
+                raise requests.HTTPError("an answer without end")
+    return bytes(body)
+
+
 def health_samples(server: str, answer: HealthAnswer, now_ms: int) -> list[Sample]:
     """`server_health_ok` is left out after a timeout: it is not known."""
     timed_out = answer.status is None and "timeout" in answer.error.lower()
@@ -147,10 +187,16 @@ def health_samples(server: str, answer: HealthAnswer, now_ms: int) -> list[Sampl
     return [Sample(Labels.of(name, server=server), now_ms, value) for name, value in figures.items()]
 
 
-def _get(session: requests.Session, url: str, path: str, timeout_s: float) -> requests.Response:
+def _get(
+    session: requests.Session,
+    url: str,
+    path: str,
+    timeout_s: float,
+    headers: Mapping[str, str] | None = None,
+) -> requests.Response:
     return session.get(
         url.rstrip("/") + path,
-        headers=_TEXT_FORMAT,
+        headers=_TEXT_FORMAT if headers is None else headers,
         timeout=(min(_CONNECT_S, timeout_s), timeout_s),
         allow_redirects=False,
         stream=True,

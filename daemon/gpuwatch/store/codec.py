@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
-from gpuwatch.records import Alert, Labels, Notification, Refusal, Remediation, ServerState, Transition
+from gpuwatch.records import (
+    Alert,
+    Labels,
+    Notification,
+    Refusal,
+    Remediation,
+    ServerStart,
+    ServerState,
+    Transition,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -87,5 +96,5 @@ def _custom(kind: type, value: Any) -> Labels:  # noqa: ANN401 - whatever the JS
 _DECODERS: Final[Mapping[type, msgspec.json.Decoder[Any]]] = {
     # Not strict, because only then a float may stand as "nan" or "inf".
     kind: msgspec.json.Decoder(kind, strict=False, dec_hook=_custom)
-    for kind in (Alert, Transition, ServerState, Remediation, Refusal, Notification)
+    for kind in (Alert, Transition, ServerState, ServerStart, Remediation, Refusal, Notification)
 }

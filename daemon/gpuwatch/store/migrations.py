@@ -114,8 +114,28 @@ def first_state_schema(connection: Connection) -> None:
         connection.exec_driver_sql(statement)
 
 
+def starts_of_servers(connection: Connection) -> None:
+    """Version 2: how each start of a server went."""
+    says = dialect_of(connection)
+    record_ms = {
+        name: says.utc(f"CAST({says.json('record', name)} AS BIGINT)")
+        for name in ("healthy_at_ms", "ended_at_ms")
+    }
+    connection.exec_driver_sql(
+        "CREATE TABLE start (server TEXT NOT NULL, began_at_ms BIGINT NOT NULL, outcome TEXT NOT NULL,"
+        " configuration TEXT NOT NULL, record TEXT NOT NULL, PRIMARY KEY (server, began_at_ms))"
+    )
+    connection.exec_driver_sql(f"""
+CREATE VIEW v_starts AS
+SELECT server, {says.utc("began_at_ms")} AS began_at, outcome, {record_ms["healthy_at_ms"]} AS healthy_at,
+  {record_ms["ended_at_ms"]} AS ended_at, {says.json("record", "failure")} AS failure,
+  {says.json("record", "facts")} AS facts, {says.json("record", "version")} AS version, configuration,
+  {says.json("record", "kv_cache_tokens")} AS kv_cache_tokens, {says.json("record", "figures")} AS figures
+FROM start ORDER BY began_at_ms DESC""")
+
+
 Step = Callable[["Connection"], None]
-STATE_STEPS: Final[tuple[Step, ...]] = (first_state_schema,)
+STATE_STEPS: Final[tuple[Step, ...]] = (first_state_schema, starts_of_servers)
 
 
 def version_of(connection: Connection) -> int:

@@ -15,7 +15,7 @@ from urllib.parse import quote
 import msgspec
 
 from gpuwatch.errors import StoreError
-from gpuwatch.records import Alert, Notification, Refusal, Remediation, ServerState, Transition
+from gpuwatch.records import Alert, Notification, Refusal, Remediation, ServerStart, ServerState, Transition
 from gpuwatch.store.codec import from_json
 from gpuwatch.store.faults import told
 from gpuwatch.store.rows import UNREADABLE, audit_of, notification_of, transition_of
@@ -28,6 +28,7 @@ from gpuwatch.store.schema import (
     REMEDIATION,
     SERVER,
     SETTING,
+    START,
     STATE_TABLES,
     TRANSITION,
 )
@@ -39,6 +40,7 @@ from gpuwatch.store.writing import (
     refusal_row,
     remediation_row,
     server_row,
+    start_row,
     transition_row,
 )
 
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 _ROWS_AT_ONCE: Final = 500
 _LONGEST_BYTES: Final = 10_000_000  # a damaged length must not have us ask for a gigabyte
 _WIDEST_GAP: Final = 2**40
+_LATER: Final = frozenset({AUDIT.name, START.name})  # an earlier version of the file had none
 _NOT_DAMAGE: Final = frozenset({"full", "locked", "read_only", "gone"})
 
 
@@ -111,7 +114,7 @@ def _rows(path: Path, connection: sqlite3.Connection, table: str) -> Iterator[di
         except StoreError as error:
             if error.kind in _NOT_DAMAGE:
                 raise
-            if table == AUDIT.name and "no such table" in str(error):  # 0.1 had none
+            if table in _LATER and "no such table" in str(error):
                 return
             yield None
         # Beyond what is damaged there may be more.
@@ -157,4 +160,5 @@ _REMAKE: Final[Mapping[str, Callable[[Mapping[str, Any]], Columns]]] = {
     },
     SETTING.name: lambda row: _pair(row, "name", "value"),
     AUDIT.name: lambda row: {"id": msgspec.convert(row["id"], int), **audit_row(audit_of(row))},
+    START.name: lambda row: start_row(from_json(row["record"], ServerStart)),
 }

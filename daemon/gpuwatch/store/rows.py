@@ -16,7 +16,9 @@ from gpuwatch.records import (
     Notification,
     Refusal,
     Remediation,
+    ServerStart,
     ServerState,
+    StartOutcome,
     Transition,
 )
 from gpuwatch.store.codec import from_json
@@ -29,6 +31,7 @@ from gpuwatch.store.schema import (
     REMEDIATION,
     SERVER,
     SETTING,
+    START,
     TRANSITION,
 )
 from gpuwatch.store.writing import Audit
@@ -99,6 +102,23 @@ class Rows:
         """By name."""
         states = self._records(ServerState, select(SERVER.c.record).order_by(SERVER.c.name))
         return {state.name: state for state in states}
+
+    def starts(self, server: str | None = None, limit: int = 100) -> list[ServerStart]:
+        """How servers started, the newest first; of one server if it is named."""
+        found = select(START.c.record).order_by(START.c.began_at_ms.desc(), START.c.server).limit(limit)
+        if server is not None:
+            found = found.where(START.c.server == server)
+        return self._records(ServerStart, found)
+
+    def last_good_start(self, server: str, configuration: str = "") -> ServerStart | None:
+        """The newest start that became healthy, with this configuration if one is named."""
+        found = select(START.c.record).where(
+            START.c.server == server, START.c.outcome == StartOutcome.HEALTHY.value
+        )
+        if configuration:
+            found = found.where(START.c.configuration == configuration)
+        newest = self._records(ServerStart, found.order_by(START.c.began_at_ms.desc()).limit(1))
+        return newest[0] if newest else None
 
     def live_remediations(self) -> list[Remediation]:
         """Those on their way, oldest first."""

@@ -41,6 +41,9 @@ RECEIVER: Final = table("receiver", *_texts("name", "record"))
 REFUSAL: Final = table("refusal", *_numbers("id"), *_texts("server", "alert", "code", "record"))
 SETTING: Final = table("setting", *_texts("name", "value"))
 AUDIT: Final = table("audit", *_numbers("id", "at_ms"), *_texts("who", "what", "record"))
+START: Final = table(
+    "start", *_texts("server"), *_numbers("began_at_ms"), *_texts("outcome", "configuration", "record")
+)
 
 STATE_TABLES: Final[tuple[TableClause, ...]] = (
     ALERT,
@@ -52,4 +55,5 @@ STATE_TABLES: Final[tuple[TableClause, ...]] = (
     REFUSAL,
     SETTING,
     AUDIT,
+    START,
 )

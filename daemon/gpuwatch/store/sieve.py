@@ -41,6 +41,7 @@ class Sieve:
             servers=self._new((("server", s.name), _roughly(s), s) for s in changes.servers),
             remediations=self._new((("remediation", r.plan.id), r, r) for r in changes.remediations),
             refusals=refusals,
+            starts=tuple(self._new((("start", s.server, s.began_at_ms), s, s) for s in changes.starts)),
         )
         return None if left == _NOTHING else left
 

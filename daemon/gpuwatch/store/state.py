@@ -34,6 +34,7 @@ from gpuwatch.store.schema import (
     REMEDIATION,
     SERVER,
     SETTING,
+    START,
     STATE_TABLES,
 )
 from gpuwatch.store.writing import Changes, Columns, prune_history, put, save, write_changes
@@ -356,7 +357,7 @@ def _told(losses: Losses) -> str:
 
 
 def _needed(connection: Connection) -> Iterator[tuple[TableClause, Select[*tuple[Any, ...]]]]:
-    for table in (ALERT, SERVER, RECEIVER, SETTING):
+    for table in (ALERT, SERVER, RECEIVER, SETTING, START):
         yield table, select(table)
     yield REFUSAL, select(REFUSAL).order_by(REFUSAL.c.id)
     phases = sorted(phase.value for phase in LIVE_PHASES)

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import bindparam, delete, insert, or_, text
 
-from gpuwatch.records import LIVE_PHASES, Alert, Notification, Refusal, Remediation, ServerState, Transition
+from gpuwatch.records import (
+    LIVE_PHASES,
+    Alert,
+    Notification,
+    Refusal,
+    Remediation,
+    ServerStart,
+    ServerState,
+    StartOutcome,
+    Transition,
+)
 from gpuwatch.store.codec import clean, labels_json, to_json
 from gpuwatch.store.schema import (
     ALERT,
@@ -24,6 +34,7 @@ from gpuwatch.store.schema import (
     REMEDIATION,
     SERVER,
     SETTING,
+    START,
     TRANSITION,
 )
 
@@ -53,8 +64,8 @@ class Audit:
 class Changes:
     """All that one tick changes beside its samples: saved whole or not at all.
 
-    `alerts` (pending, firing), `servers`, `remediations`, `notifications` and `receivers` change
-    the row of the same identity, or add it. `ended` alerts leave the active ones. `transitions`
+    `alerts` (pending, firing), `servers`, `starts`, `remediations`, `notifications` and `receivers`
+    change the row of the same identity, or add it. `ended` alerts leave the active ones. `transitions`
     are added to the history. `refusals` replace the present ones unless None. `receivers` are the
     JSON of a delivery state by name. A setting of None is deleted. `audit` is added to what is there.
     """
@@ -69,6 +80,7 @@ class Changes:
     refusals: Sequence[Refusal] | None = None
     settings: Mapping[str, str | None] = field(default_factory=dict)
     audit: Sequence[Audit] = ()
+    starts: Sequence[ServerStart] = ()
 
 
 def _columns(table: TableClause) -> list[str]:
@@ -132,6 +144,17 @@ def transition_row(transition: Transition) -> Columns:
 def server_row(server: ServerState) -> Columns:
     """The row of a server."""
     return {"name": server.name, "phase": server.phase.value, "record": to_json(server)}
+
+
+def start_row(start: ServerStart) -> Columns:
+    """The row of a start."""
+    return {
+        "server": clean(start.server),
+        "began_at_ms": start.began_at_ms,
+        "outcome": start.outcome.value,
+        "configuration": clean(start.configuration),
+        "record": to_json(start),
+    }
 
 
 def remediation_row(remediation: Remediation) -> Columns:
@@ -208,6 +231,7 @@ SAVE: Final[Mapping[str, Executable]] = {
     REFUSAL.name: add(REFUSAL),
     SETTING.name: upsert(SETTING, "name"),
     AUDIT.name: add(AUDIT),
+    START.name: upsert(START, "server", "began_at_ms"),
 }
 _END_ALERT: Final = delete(ALERT).where(
     ALERT.c.rule == bindparam("rule"), ALERT.c.labels == bindparam("labels")
@@ -226,6 +250,22 @@ _PRUNE_HISTORY: Final = (
     ),
     delete(AUDIT).where(AUDIT.c.at_ms < bindparam("before_ms")),
 )
+_KEPT_STARTS: Final = 50  # of each server, and of its configurations the last good one beside
+_PRUNE_STARTS: Final = text(f"""
+DELETE FROM start WHERE (server, began_at_ms) NOT IN (
+  SELECT server, began_at_ms FROM (
+    SELECT server, began_at_ms, row_number() OVER (PARTITION BY server ORDER BY began_at_ms DESC) AS place
+    FROM start
+  ) AS newest WHERE place <= {_KEPT_STARTS}
+  UNION ALL
+  SELECT server, began_at_ms FROM (
+    SELECT server, began_at_ms, row_number() OVER (PARTITION BY server ORDER BY began_at_ms DESC) AS place
+    FROM (
+      SELECT server, max(began_at_ms) AS began_at_ms FROM start
+      WHERE outcome = '{StartOutcome.HEALTHY}' GROUP BY server, configuration
+    ) AS good
+  ) AS last_good WHERE place <= {_KEPT_STARTS}
+)""")
 
 
 def write_changes(connection: Connection, changes: Changes) -> None:
@@ -242,6 +282,7 @@ def write_changes(connection: Connection, changes: Changes) -> None:
         connection.execute(_CLEAR_REFUSALS)
         save(connection, REFUSAL, [refusal_row(refusal) for refusal in changes.refusals])
     save(connection, AUDIT, [audit_row(audit) for audit in changes.audit])
+    save(connection, START, [start_row(start) for start in changes.starts])
     write_settings(connection, changes.settings)
 
 
@@ -268,8 +309,12 @@ def put(connection: Connection, table: TableClause, rows: Sequence[Columns]) -> 
 
 
 def prune_history(connection: Connection, before_ms: int) -> int:
-    """Delete what is over and was so before `before_ms`; never an unsent message or a live remediation."""
-    return sum(connection.execute(s, {"before_ms": before_ms}).rowcount for s in _PRUNE_HISTORY)
+    """Delete what is over and was so before `before_ms`; never an unsent message or a live remediation.
+
+    Of starts the newest are kept, and the last good one of each configuration, whatever their age.
+    """
+    deleted = sum(connection.execute(s, {"before_ms": before_ms}).rowcount for s in _PRUNE_HISTORY)
+    return deleted + connection.execute(_PRUNE_STARTS).rowcount
 
 
 def _write(connection: Connection, statement: Executable, rows: Sequence[Columns]) -> None:

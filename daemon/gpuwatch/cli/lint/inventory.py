@@ -6,9 +6,9 @@ import difflib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from gpuwatch import catalogue
 from gpuwatch.promql import metric_of
 from gpuwatch.records import MetricKind
-from gpuwatch.sources import catalogue
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

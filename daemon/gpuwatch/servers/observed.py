@@ -22,7 +22,7 @@ def unseen(name: str, now_ms: int) -> ServerState:
     return ServerState(name=name, phase=ServerPhase.UNSEEN, since_ms=now_ms, seen_at_ms=now_ms)
 
 
-def look(
+def observed(
     server: ServerSettings,
     was: ServerState | None,
     supervisor: SupervisorState,

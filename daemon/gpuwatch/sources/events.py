@@ -1,4 +1,4 @@
-"""Counts the Xid errors that NVML tells of as they happen; hears of nothing else and never waits for one.
+"""Counts the Xid and ECC errors that NVML tells of as they happen; hears of nothing else and never waits.
 
 Rule 1: each GPU has an event set of its own, so that one that is lost makes no other deaf.
 Rule 2: a counter is 0 in the read that first gives it, so that `increase()` sees what made it appear.
@@ -10,16 +10,19 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from gpuwatch.errors import SourceError
 from gpuwatch.records import Labels, Metric, MetricKind, Sample
-from gpuwatch.sources.gpus import TIMEOUT, Gpu, GpuLostError, Gpus, code_of
+from gpuwatch.sources.gpus import FUNCTION_NOT_FOUND, TIMEOUT, Gpu, GpuLostError, Gpus, code_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from gpuwatch.sources.gpus import Nvml
 
 XID_ERRORS: Final = "gpu_xid_errors_total"
+ECC_EVENTS: Final = "gpu_ecc_events_total"
 # Those that say something of the hardware, and the two by which a kernel of the server itself ends it.
 XIDS: Final = {
     13: "exception in a kernel",
@@ -48,17 +51,39 @@ METRICS: Final = (
         + "; others appear with their first.",
         labels=("gpu", "uuid", "xid"),
     ),
+    Metric(
+        name=ECC_EVENTS,
+        kind=MetricKind.COUNTER,
+        help="ECC errors that the driver told of since gpuwatch began: single_bit corrected, double_bit not.",
+        labels=("gpu", "uuid", "kind"),
+    ),
 )
 
-_XID_EVENTS: Final = 0x8  # nvmlEventTypeXidCriticalError; changes of clocks (0x10) come in floods
+
+class _Counter(NamedTuple):
+    """A counter of one GPU: the metric, and its one label beside the GPU's."""
+
+    metric: str
+    label: str
+    value: str
+
+
+# nvmlEventType*. Not among them: changes of clocks (0x10), which come in floods.
+_XID: Final = 0x8
+_ECC: Final = {
+    0x1: _Counter(ECC_EVENTS, "kind", "single_bit"),
+    0x2: _Counter(ECC_EVENTS, "kind", "double_bit"),
+}
+_WANTED: Final = _XID | 0x1 | 0x2
+_SUPPORTED: Final = "nvmlDeviceGetSupportedEventTypes"
 _MOST_EVENTS: Final = 256
 _EVENTS: Final = "events"
 
 
-class XidSource:
-    """`gpu_xid_errors_total` of every GPU that tells of its Xid errors."""
+class EventSource:
+    """`gpu_xid_errors_total` and `gpu_ecc_events_total` of every GPU that tells of such errors."""
 
-    name = "xid"
+    name = "events"
 
     def __init__(self, nvml: Nvml, *, interval_ms: int = 1000) -> None:
         """Registers with the first read; what happened before is not told."""
@@ -66,9 +91,9 @@ class XidSource:
         self._nvml = nvml
         self._gpus = Gpus(nvml)
         self._sets: dict[str, object] = {}
-        self._counts: dict[str, dict[int, int]] = {}
-        self._given: set[tuple[str, int]] = set()
-        self._series: dict[tuple[int, str, int], Labels] = {}
+        self._counts: dict[str, dict[_Counter, int]] = {}
+        self._given: set[tuple[str, _Counter]] = set()
+        self._series: dict[tuple[int, str, _Counter], Labels] = {}
 
     def read(self, now_ms: int) -> list[Sample]:
         """The counters, with what happened since the last read; SourceError if NVML as a whole fails."""
@@ -79,7 +104,7 @@ class XidSource:
         except SourceError:
             self._sets.clear()  # closing NVML ended them
             raise
-        return [self._sample(gpu, xid, now_ms) for gpu in gpus for xid in self._counts.get(gpu.uuid, ())]
+        return [self._sample(gpu, one, now_ms) for gpu in gpus for one in self._counts.get(gpu.uuid, ())]
 
     def _listen(self, gpu: Gpu, now_ms: int) -> None:
         if gpu.handle is None:
@@ -95,15 +120,24 @@ class XidSource:
             self._gpus.lose(gpu, now_ms)
 
     def _register(self, gpu: Gpu, now_ms: int) -> None:
-        events = self._gpus.tried(gpu, _EVENTS, partial(self._registered, gpu.handle), now_ms)
+        offered = self._gpus.tried(gpu, _SUPPORTED, partial(self._offered, gpu.handle), now_ms)
+        types = (offered or 0) & _WANTED or _XID
+        events = self._gpus.tried(gpu, _EVENTS, partial(self._registered, gpu.handle, types), now_ms)
         if events is not None:
             self._sets[gpu.uuid] = events
-            self._counts.setdefault(gpu.uuid, dict.fromkeys(XIDS, 0))
+            self._counts[gpu.uuid] = dict.fromkeys(_counters(types), 0) | self._counts.get(gpu.uuid, {})
 
-    def _registered(self, handle: object) -> object:
+    def _offered(self, handle: object) -> int:
+        """The types that this GPU can tell of; an older binding cannot ask."""
+        function: Any = getattr(self._nvml, _SUPPORTED, None)
+        if function is None:
+            raise self._nvml.NVMLError(FUNCTION_NOT_FOUND)
+        return int(function(handle))
+
+    def _registered(self, handle: object, types: int) -> object:
         events = self._nvml.nvmlEventSetCreate()
         try:
-            self._nvml.nvmlDeviceRegisterEvents(handle, _XID_EVENTS, events)
+            self._nvml.nvmlDeviceRegisterEvents(handle, types, events)
         except self._nvml.NVMLError:
             self._nvml.nvmlEventSetFree(events)
             raise
@@ -114,8 +148,9 @@ class XidSource:
         counts = self._counts[gpu.uuid]
         try:
             for _ in range(_MOST_EVENTS):
-                xid = int(self._nvml.nvmlEventSetWait_v2(self._sets[gpu.uuid], 0).eventData)
-                counts[xid] = counts.get(xid, 0) + 1
+                event = self._nvml.nvmlEventSetWait_v2(self._sets[gpu.uuid], 0)
+                counter = _ECC.get(int(event.eventType)) or _of_xid(int(event.eventData))
+                counts[counter] = counts.get(counter, 0) + 1
         except self._nvml.NVMLError as error:
             if code_of(error) != TIMEOUT:
                 self._forget(gpu)
@@ -126,13 +161,25 @@ class XidSource:
             with suppress(self._nvml.NVMLError):
                 self._nvml.nvmlEventSetFree(events)
 
-    def _sample(self, gpu: Gpu, xid: int, now_ms: int) -> Sample:
-        value = self._counts[gpu.uuid][xid] if (gpu.uuid, xid) in self._given else 0
-        self._given.add((gpu.uuid, xid))
-        return Sample(self._labels(gpu, xid), now_ms, float(value))
+    def _sample(self, gpu: Gpu, counter: _Counter, now_ms: int) -> Sample:
+        value = self._counts[gpu.uuid][counter] if (gpu.uuid, counter) in self._given else 0
+        self._given.add((gpu.uuid, counter))
+        return Sample(self._labels(gpu, counter), now_ms, float(value))
 
-    def _labels(self, gpu: Gpu, xid: int) -> Labels:
-        key = gpu.index, gpu.uuid, xid
+    def _labels(self, gpu: Gpu, counter: _Counter) -> Labels:
+        key = gpu.index, gpu.uuid, counter
         if key not in self._series:
-            self._series[key] = Labels.of(XID_ERRORS, gpu=str(gpu.index), uuid=gpu.uuid, xid=str(xid))
+            own = {counter.label: counter.value}
+            self._series[key] = Labels.of(counter.metric, gpu=str(gpu.index), uuid=gpu.uuid, **own)
         return self._series[key]
+
+
+def _of_xid(xid: int) -> _Counter:
+    return _Counter(XID_ERRORS, "xid", str(xid))
+
+
+def _counters(types: int) -> Iterator[_Counter]:
+    """Those that begin with 0 where these types are told of."""
+    if types & _XID:
+        yield from map(_of_xid, XIDS)
+    yield from (counter for kind, counter in _ECC.items() if types & kind)

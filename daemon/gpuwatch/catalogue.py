@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from gpuwatch.records import Metric, MetricKind
-from gpuwatch.sources import allocator, host, nvml, vllm, xid
+from gpuwatch.servers.starts import watch
+from gpuwatch.sources import allocator, events, host, kernel, nvml, probe, server_processes, vllm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,6 +23,14 @@ _OWN: Final = (
     _gauge(
         "server_down", "1 while a server that was healthy is not, or its start is overdue, else 0.", "server"
     ),
+    _gauge(
+        "server_progress",
+        "1 for whether the server works, and why it is thought so; one series a server at a time.",
+        "server",
+        "verdict",
+        "reason",
+    ),
+    _gauge("server_stopping", "1 while its supervisor stops it because it was asked to, else 0.", "server"),
     _gauge("server_phase", "1 for the phase that the server is in.", "server", "phase"),
     _gauge(
         "server_start_time_seconds",
@@ -56,5 +65,16 @@ _OWN: Final = (
     ),
 )
 
-METRICS: Final = (*_OWN, *nvml.METRICS, *xid.METRICS, *allocator.METRICS, *host.METRICS, *vllm.METRICS)
+METRICS: Final = (
+    *_OWN,
+    *nvml.METRICS,
+    *events.METRICS,
+    *kernel.METRICS,
+    *allocator.METRICS,
+    *host.METRICS,
+    *server_processes.METRICS,
+    *vllm.METRICS,
+    *probe.METRICS,
+    *watch.METRICS,
+)
 CATALOGUE: Final[Mapping[str, Metric]] = {metric.name: metric for metric in METRICS}
