@@ -6,6 +6,7 @@ Nine minutes in all, of the 0.6B shape. `watched` and `sleeper` are servers of g
 changed; only what this script started is stopped. CI has no GPU for it.
 """
 
+import re
 import signal
 import statistics
 import subprocess
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
+import requests
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -54,8 +56,9 @@ from gpuwatch.guest import client  # noqa: E402
 WITHIN_S = 520
 STALL_BAR_S, DEATH_BAR_S = 10.0, 1.5
 THROUGHPUT_BAR = 0.995
-WATCHED, PLAIN, SLEEPER = 8000, 8001, 8002
-PAIRS, CLIENTS, REQUESTS_EACH, TOKENS_EACH = 3, 64, 8, 512
+WATCHED, PLAIN, SLEEPER, TWIN = 8000, 8001, 8002, 8003
+TURNS, TURN_S = 16, 5
+PAIRS, CLIENTS, REQUESTS_EACH, TOKENS_EACH = 3, 64, 6, 512
 
 # -- parts -----------------------------------------------------------------------------------------------
 
@@ -122,34 +125,62 @@ def admission(trials, state):
 
 
 def start_plain(_, model):
-    """Beside the other, so without the profile that is upset by what others allocate."""
+    """Two without guest and gpuwatch; without the profile that is upset by what others allocate."""
     flags = ("--gpu-memory-utilization", "0.25", "--kv-cache-memory-bytes", str(24 << 30))
-    with Path(tempfile.gettempdir(), "plain.log").open("wb") as log:
-        return psutil.Popen(serve(model, PLAIN, *flags), stdout=log, stderr=log)
+    begun = []
+    for port in (PLAIN, TWIN):
+        with Path(tempfile.gettempdir(), f"plain{port}.log").open("wb") as log:
+            begun.append(psutil.Popen(serve(model, port, *flags), stdout=log, stderr=log))
+    return begun
 
 
 def throughput(trials, daemon):
-    """The same requests to the server with guest and daemon, and to the one without; the order alternates."""
-    trials.check("plain is healthy", until(120, lambda: is_healthy(PLAIN)), is_healthy(PLAIN))
-    for port in (WATCHED, PLAIN):
+    """The same requests to the server with guest and daemon, and to two without: one is the control."""
+    for port in (PLAIN, TWIN):
+        trials.check(f"{port} is healthy", until(120, lambda port=port: is_healthy(port)), is_healthy(port))
+    took = {WATCHED: [], PLAIN: [], TWIN: []}
+    for port in took:
         spent_s(port, 2)
-    took = {WATCHED: [], PLAIN: []}
-    cost = psutil.Process(daemon.pid)
-    for pair in range(PAIRS):
-        for port in (WATCHED, PLAIN) if pair % 2 == 0 else (PLAIN, WATCHED):
+    for turn in range(PAIRS):
+        for port in list(took)[turn:] + list(took)[:turn]:
             daemon.send_signal(signal.SIGCONT if port == WATCHED else signal.SIGSTOP)
             time.sleep(2)
             took[port].append(spent_s(port, REQUESTS_EACH))
         tokens = CLIENTS * REQUESTS_EACH * TOKENS_EACH
-        rates = {port: tokens / spans[-1] for port, spans in took.items()}
-        ratio = rates[WATCHED] / rates[PLAIN]
-        print(
-            f"  with {rates[WATCHED]:.0f} tokens/s, without {rates[PLAIN]:.0f}, ratio {ratio:.4f}", flush=True
-        )
-    ratio = sum(took[PLAIN]) / sum(took[WATCHED])
-    trials.check(f"with to without, of {PAIRS} pairs", f"{ratio:.4f}", ratio >= THROUGHPUT_BAR)
-    middle = statistics.median(a / b for a, b in zip(took[PLAIN], took[WATCHED], strict=True))
-    print(f"  median of the pairs {middle:.4f}; daemon RSS {cost.memory_info().rss / 2**20:.1f} MiB")
+        print("  tokens/s", {port: round(tokens / spans[-1]) for port, spans in took.items()}, flush=True)
+    print(f"  the two without: {sum(took[PLAIN]) / sum(took[TWIN]):.4f}")
+    without = (sum(took[PLAIN]) + sum(took[TWIN])) / 2
+    ratio = without / sum(took[WATCHED])
+    trials.check(f"with to without, of {PAIRS} turns", f"{ratio:.4f}", ratio >= THROUGHPUT_BAR)
+    print(f"  daemon RSS {psutil.Process(daemon.pid).memory_info().rss / 2**20:.1f} MiB")
+
+
+def asking(trials, daemon):
+    """What the asking costs: one server under one load, gpuwatch asking it by turns."""
+    rates = {True: [], False: []}
+    with Clients(WATCHED, CLIENTS, TOKENS_EACH) as clients:
+        time.sleep(8)
+        for turn in range(TURNS):
+            is_asked = turn % 4 in {0, 3}
+            daemon.send_signal(signal.SIGCONT if is_asked else signal.SIGSTOP)
+            time.sleep(1)
+            began, began_s = generated(WATCHED), time.monotonic()
+            time.sleep(TURN_S)
+            rates[is_asked].append((generated(WATCHED) - began) / (time.monotonic() - began_s))
+        daemon.send_signal(signal.SIGCONT)
+    trials.check("requests that failed", clients.failures(), not clients.failures())
+    means = {is_asked: statistics.mean(found) for is_asked, found in rates.items()}
+    errors = {i: statistics.stdev(found) / len(found) ** 0.5 / means[i] for i, found in rates.items()}
+    print("  asked", [round(r) for r in rates[True]], "left alone", [round(r) for r in rates[False]])
+    ratio, error = means[True] / means[False], sum(e**2 for e in errors.values()) ** 0.5
+    trials.check("asked to left alone", f"{ratio:.4f} +- {error:.4f}", ratio >= THROUGHPUT_BAR)
+
+
+def generated(port):
+    page = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text
+    return sum(
+        float(n) for n in re.findall(r"^vllm:generation_tokens_total\{.*\} (\S+)$", page, re.MULTILINE)
+    )
 
 
 def spent_s(port, each):
@@ -247,14 +278,16 @@ def main():
         plain = trials.part("start plain", 5, start_plain, model)
         trials.part("caps", 60, caps, state)
         trials.part("admission", 30, admission, state)
-        trials.part("throughput", 190, throughput, daemon)
+        trials.part("throughput", 260, throughput, daemon)
         daemon.send_signal(signal.SIGCONT)
-        if plain:
-            end_tree(plain)
+        for one in plain or ():
+            end_tree(one)
+        trials.part("asking", 130, asking, daemon)
         trials.part("stopped", 60, stopped, state)
         trials.part("killed", 40, killed, state)
         end(state, "watched")
-        trials.part("start sleeper", 100, start, state, "sleeper", SLEEPER)
+        if not trials.wanted or {"sleep", "oom"} & set(trials.wanted):
+            trials.part("start sleeper", 100, start, state, "sleeper", SLEEPER)
         trials.part("sleep", 60, sleep_and_wake, "sleeper", SLEEPER)
         trials.part("oom", 90, out_of_memory, state, guests)
         print(gpuwatch("alerts", "--limit", "20"))

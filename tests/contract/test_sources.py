@@ -177,9 +177,8 @@ def test_what_is_called_total_is_a_counter_and_nothing_else_is():
 
 def test_the_sources_of_a_host_are_named_after_what_they_read():
     settings = config.Settings(servers=[config.ServerSettings(name="a"), config.ServerSettings(name="b")])
-    names = [
-        s.name for s in sources.of_host(settings, Trees()) if s.name != "kernel"
-    ]  # where its log may be read
+    eyes = sources.of_host(settings, Trees())
+    names = [eye.name for eye in eyes if eye.name != "kernel"]  # which is there where its log may be read
     of_servers = ["metrics:a", "health:a", "metrics:b", "health:b"]
     assert names == ["nvml", "nvml_static", "events", "host", "processes", "allocator", *of_servers]
 

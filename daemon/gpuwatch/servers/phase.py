@@ -83,7 +83,7 @@ def judge(
 
 
 def samples(state: ServerState) -> list[Sample]:
-    """`server_down`, `server_stopping`, `server_phase` for every phase; `server_start_time_seconds` in a start."""
+    """`server_down`, `server_stopping`, `server_phase`s; while it starts `server_start_time_seconds`."""
     at_ms = state.seen_at_ms
     down = float(state.phase is ServerPhase.DOWN)
     made = [Sample(Labels.of("server_down", server=state.name), at_ms, down)]

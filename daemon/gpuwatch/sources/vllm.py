@@ -29,6 +29,7 @@ _SMALL_BYTES: Final = 256 * 1024
 _CONNECT_S: Final = 3.0
 _METRICS_S: Final = 5.0
 _LOAD_S: Final = 1.0
+_LOAD_REST_MS: Final = 60_000
 _TEXT_FORMAT: Final = {"Accept": "text/plain; version=0.0.4"}
 
 METRICS: Final = tuple(
@@ -64,15 +65,23 @@ class MetricsSource:
         self._url = url
         self._session = session
         self._exposition = Exposition(server=server)
+        self._load_rests_until_ms = 0
 
     def read(self, now_ms: int) -> list[Sample]:
         """SourceError if there is no page, or it is malformed or larger than 16 MiB."""
         samples = self._exposition.samples(fetch_metrics(self._server, self._url, self._session), now_ms)
+        return samples + self._load(now_ms, is_busy=any(map(_shows_work, samples)))
+
+    def _load(self, now_ms: int, *, is_busy: bool) -> list[Sample]:
+        """Nothing for a minute after a server at work said 0: it does not count."""
+        if now_ms < self._load_rests_until_ms:
+            return []
         in_flight = probe_load(self._url, self._session)
-        if in_flight is not None:
-            labels = Labels.of("server_requests_in_flight", server=self._server, source="load")
-            samples.append(Sample(labels, now_ms, float(in_flight)))
-        return samples
+        if in_flight is None or (is_busy and not in_flight):
+            self._load_rests_until_ms = now_ms + _LOAD_REST_MS
+            return []
+        labels = Labels.of("server_requests_in_flight", server=self._server, source="load")
+        return [Sample(labels, now_ms, float(in_flight))]
 
 
 class HealthSource:
@@ -108,7 +117,8 @@ def local_session() -> requests.Session:
     """
     session = requests.Session()
     session.trust_env = False
-    session.headers["Connection"] = "close"
+    # To pack a page would cost the server milliseconds, and loopback nothing.
+    session.headers.update({"Connection": "close", "Accept-Encoding": "identity"})
     return session
 
 
@@ -124,6 +134,10 @@ def fetch_metrics(server: str, url: str, session: requests.Session) -> str:
         raise SourceError(f"{where}: the page is not UTF-8") from None
     except requests.RequestException as error:
         raise SourceError(f"{where}: {_cause(error)}") from None
+
+
+def _shows_work(sample: Sample) -> bool:
+    return sample.value > 0 and sample.labels.metric == "vllm:num_requests_running"
 
 
 def probe_health(server: str, url: str, session: requests.Session, timeout_s: float) -> HealthAnswer:
