@@ -1,7 +1,7 @@
 """What gpuwatch sees of a vLLM spread over two real GPUs by tensor parallelism; exits 1 if a bar was missed.
 
 usage: gpu_eyes_tp.py MODEL_DIR [PART ...]    needs two GPUs, vLLM, PyTorch and gpuwatch on PYTHONPATH
-Some four minutes, of the 30B-A3B shape. A worker is killed under load: /health goes on saying 200 for
+Some five minutes, of the 30B-A3B shape. A worker is killed under load: /health goes on saying 200 for
 seconds, one GPU falls idle, and the other spins. No setting of a GPU is changed. CI has no GPU for it.
 """
 
@@ -23,6 +23,7 @@ from tests.acceptance.gpu_trials import (  # noqa: E402
     allocator,
     asked_for,
     child,
+    end,
     first_verdict,
     ledger,
     serve,
@@ -36,7 +37,8 @@ from tests.acceptance.gpu_trials import (  # noqa: E402
 
 WITHIN_S = 500
 DEATH_BAR_S = 1.5
-PORT = 8000
+PORT, SLEEPER = 8000, 8002
+SLEEPS = "--enable-sleep-mode"  # torch is asked nothing then: see guest/allocator.py
 
 
 class Observed:
@@ -96,18 +98,23 @@ def killed(trials, state):
 
 def main():
     model, trials = Path(sys.argv[1]).resolve(), Trials(WITHIN_S, sys.argv[2:])
-    flags = ("--tensor-parallel-size", "2", "--enforce-eager", "--enable-sleep-mode")
-    lengths = ("--max-model-len", "4096", "--gpu-memory-utilization", "0.5")
-    command = lambda guest: serve(model, PORT, *flags, *lengths, guest=guest)  # noqa: E731
-    with watching({"spread": (PORT, command)}) as (state, _, _):
-        trials.part("start", 200, start, state, "spread", PORT)
+    servers = {"spread": (PORT, spread(model, PORT)), "sleeper": (SLEEPER, spread(model, SLEEPER, SLEEPS))}
+    with watching(servers) as (state, _, _):
+        trials.part("start spread", 130, start, state, "spread", PORT)
         trials.part("load", 20, some_load)
         trials.part("ledger", 30, ledger, 2)
         trials.part("allocator", 40, allocator, "spread", "Worker_TP0", "Worker_TP1")
-        trials.part("sleep", 110, sleep_and_wake, "spread", PORT, 2)
         trials.part("killed", 60, killed, state)
+        end(state, "spread")
+        trials.part("start sleeper", 130, start, state, "sleeper", SLEEPER)
+        trials.part("sleep", 110, sleep_and_wake, "sleeper", SLEEPER, 2)
         print("up", values("up", "source", "server"))
     raise SystemExit(trials.ended())
+
+
+def spread(model, port, *flags):
+    flags = ("--tensor-parallel-size", "2", "--enforce-eager", "--max-model-len", "4096", *flags)
+    return lambda guest: serve(model, port, "--gpu-memory-utilization", "0.5", *flags, guest=guest)
 
 
 def some_load(trials):

@@ -3,6 +3,9 @@
 Rule 1: only a process that has started CUDA by itself is asked anything: to start it costs half a GiB.
 Rule 2: only a device that this process uses is asked: to ask another for its memory opens it, at that price.
 Rule 3: vLLM's sleep mode is looked at where it lies, never loaded; one of another shape tells nothing.
+Rule 4: with sleep mode torch is asked for nothing that takes its allocator's lock. It would be asked with
+        Python's lock held; and sleep mode's allocator asks for Python's with the other one held, so that each
+        would wait for the other for ever.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ STATS: Final = (
 )
 _EVER_RESERVED: Final = "reserved_bytes.all.allocated"
 _INACTIVE: Final = "inactive"
-# Torch's own pool. CUDA graphs, the program's `MemPool`s and vLLM's sleep mode have others, private ones.
+# Torch's own pool. CUDA graphs and the program's `MemPool`s have others, private ones.
 _SHARED_POOL: Final = (0, 0)
 # What torch takes and gives back at once within an expandable segment, by the kind of the segment.
 _PAGE_BYTES: Final = {"small": 2 << 20, "large": 20 << 20}
@@ -41,8 +44,6 @@ _SUMMARY: Final = (
     # Of the private ones:
     "private_reserved_bytes",
     "private_inactive_bytes",  # between replays a CUDA graph's memory looks free, and is not
-    "graph_pool_bytes",  # all of private_reserved_bytes that is not sleep mode's
-    "unbacked_bytes",  # what torch counts and sleep mode has unmapped
 )
 
 
@@ -61,25 +62,20 @@ def figures() -> dict[str, Any]:
 
 
 def snapshot() -> dict[str, Any]:
-    """What the pools look like, a device each: a rare use.
+    """What the pools look like, a device each: a rare use. RuntimeError by rule 4.
 
     It copies every block under the allocator's lock and with Python's; `took_ms` says how long that was.
     """
+    _must_be_safe()
     began_s = time.perf_counter()
     torch_cuda = cuda()
     segments = [] if torch_cuda is None else _segments(torch_cuda)
     devices: dict[int, dict[str, int]] = {}
-    sleeping = _sleeping()
-    sleep_mode = {_pool_of(segment) for segment in segments if segment.get("address") in sleeping}
     for segment in segments:
         summary = devices.setdefault(int(segment["device"]), dict.fromkeys(_SUMMARY, 0))
         _add(summary, segment)
-        if (pool := _pool_of(segment)) == _SHARED_POOL:
-            _add_shared(summary, segment)
-        elif pool in sleep_mode:  # what it does not know any more it has trimmed: torch alone still counts it
-            _add_private(summary, segment, is_unbacked=sleeping.get(segment["address"], True))
-        else:
-            _add_private(summary, segment, is_graph=True)
+        is_shared = tuple(segment.get("segment_pool_id", _SHARED_POOL)) == _SHARED_POOL
+        (_add_shared if is_shared else _add_private)(summary, segment)
     return {
         "cuda": torch_cuda is not None,
         "took_ms": round((time.perf_counter() - began_s) * 1000, 3),
@@ -92,8 +88,7 @@ def snapshot() -> dict[str, Any]:
 def sleep_pools() -> list[dict[str, Any]]:
     """`device`, `tag`, `state` and `bytes` of what vLLM's sleep mode can unmap; nothing without it.
 
-    `state` is `mapped` or `asleep`, or `unknown` of a vLLM that does not note it (0.24). Torch counts these
-    bytes as reserved and allocated in each of the states.
+    `state` is `mapped` or `asleep`, or `unknown` of a vLLM that does not note it (0.24).
     """
     found: dict[tuple[int, str, str], int] = {}
     for data in _sleep_mode().values():
@@ -106,11 +101,12 @@ def sleep_pools() -> list[dict[str, Any]]:
 
 
 def release() -> dict[str, Any]:
-    """Give the driver what the allocator caches; bytes given back for each device.
+    """Give the driver what the allocator caches; bytes given back for each device. RuntimeError by rule 4.
 
     What is given back another process may take, and then the next allocation here fails: who asks must know
     that nobody on that GPU grows.
     """
+    _must_be_safe()
     torch_cuda = cuda()
     if torch_cuda is None:
         return {"cuda": False, "devices": []}
@@ -138,11 +134,11 @@ def _devices_in_use(torch_cuda: Any) -> list[int]:  # noqa: ANN401  # torch's mo
     every = range(torch_cuda.device_count())
     if has_context is not None:
         return [index for index in every if has_context(index)]
-    return [index for index in every if torch_cuda.memory_stats(index).get(_EVER_RESERVED, 0) > 0]
+    return [index for index in every if _stats(torch_cuda, index).get(_EVER_RESERVED, 0) > 0]
 
 
 def _device(torch_cuda: Any, index: int) -> dict[str, Any]:  # noqa: ANN401  # torch's module
-    stats = torch_cuda.memory_stats(index)
+    stats = _stats(torch_cuda, index)
     free_bytes, total_bytes = torch_cuda.mem_get_info(index)
     return {
         "device": index,
@@ -155,15 +151,33 @@ def _device(torch_cuda: Any, index: int) -> dict[str, Any]:  # noqa: ANN401  # t
     }
 
 
+def _stats(torch_cuda: Any, index: int) -> dict[str, int]:  # noqa: ANN401  # torch's module
+    """Empty by rule 4."""
+    return {} if _has_sleep_mode() else torch_cuda.memory_stats(index)
+
+
 def _reserved(torch_cuda: Any, index: int) -> int:  # noqa: ANN401  # torch's module
     return int(torch_cuda.memory_reserved(index))
 
 
+def _sleep_allocator() -> Any | None:  # noqa: ANN401  # vLLM's
+    module = sys.modules.get("vllm.device_allocator.cumem")
+    return getattr(getattr(module, "CuMemAllocator", None), "instance", None)
+
+
+def _has_sleep_mode() -> bool:
+    """Its allocator is made some time before it is first used: whoever looks right before a call is in time."""
+    return _sleep_allocator() is not None
+
+
+def _must_be_safe() -> None:
+    if _has_sleep_mode():
+        raise RuntimeError("this vLLM has sleep mode, whose allocator must not be looked into from outside")
+
+
 def _sleep_mode() -> dict[int, Any]:
     """What vLLM can unmap, by address, as its table is at this instant; empty without sleep mode."""
-    module = sys.modules.get("vllm.device_allocator.cumem")
-    instance = getattr(getattr(module, "CuMemAllocator", None), "instance", None)
-    return dict(getattr(instance, "pointer_to_data", None) or {})
+    return dict(getattr(_sleep_allocator(), "pointer_to_data", None) or {})
 
 
 def _state(data: Any) -> str:  # noqa: ANN401  # vLLM's
@@ -183,23 +197,12 @@ def _sleep_pools_of(index: int) -> list[dict[str, Any]]:
     return []
 
 
-def _sleeping() -> dict[int, bool]:
-    """Whether it is asleep, by the address of what sleep mode can unmap."""
-    with suppress(Exception):  # rule 3
-        return {int(at): _state(data) == _ASLEEP for at, data in _sleep_mode().items()}
-    return {}
-
-
 def _segments(torch_cuda: Any) -> list[dict[str, Any]]:  # noqa: ANN401  # torch's module
     """Without the history of allocations, which torch keeps only where somebody asked it to."""
     try:
         return list(torch_cuda.memory_snapshot(include_traces=False))
     except TypeError:  # a torch before that parameter
         return list(torch_cuda.memory_snapshot())
-
-
-def _pool_of(segment: dict[str, Any]) -> tuple[int, ...]:
-    return tuple(segment.get("segment_pool_id", _SHARED_POOL))
 
 
 def _add(summary: dict[str, int], segment: dict[str, Any]) -> None:
@@ -219,15 +222,10 @@ def _add_shared(summary: dict[str, int], segment: dict[str, Any]) -> None:
     summary["largest_free_block_bytes"] = max(summary["largest_free_block_bytes"], *free, 0)
 
 
-def _add_private(
-    summary: dict[str, int], segment: dict[str, Any], *, is_graph: bool = False, is_unbacked: bool = False
-) -> None:
-    size = int(segment["total_size"])
+def _add_private(summary: dict[str, int], segment: dict[str, Any]) -> None:
     summary["private_pool_segments"] += 1
-    summary["private_reserved_bytes"] += size
+    summary["private_reserved_bytes"] += int(segment["total_size"])
     summary["private_inactive_bytes"] += sum(_free(segment))
-    summary["graph_pool_bytes"] += size if is_graph else 0
-    summary["unbacked_bytes"] += size if is_unbacked else 0
 
 
 def _releasable(segment: dict[str, Any]) -> int:

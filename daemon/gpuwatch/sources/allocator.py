@@ -1,7 +1,8 @@
 """Samples of torch's CUDA allocator in the processes that have a guest, and of what else guests tell.
 
-A CUDA graph's pool looks free between two replays, and vLLM's sleep mode unmaps what torch goes on counting:
-the counters of each second are corrected by the last snapshot; without one the corrected series are left out.
+A CUDA graph's pool looks free between two replays: the counters of each second are corrected by the last
+snapshot, and without one the corrected series are left out. Of a server with sleep mode torch tells nothing (see
+`guest.allocator`), but its pools are told by tag.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SLEEP_POOL: Final = "cuda_sleep_pool_bytes"
 
 # PyTorch's own figures (`torch.cuda.memory_stats`) and the metrics they make.
 FIGURES: Final = (
-    (_ALLOCATED, "cuda_allocator_allocated_bytes", "Bytes that live tensors take, asleep or not."),
+    (_ALLOCATED, "cuda_allocator_allocated_bytes", "Bytes that live tensors take."),
     (_RESERVED, "cuda_allocator_reserved_bytes", "Bytes the allocator counts as held of the driver."),
     ("active_bytes.all.current", "cuda_allocator_active_bytes", "Bytes in blocks that are used or awaited."),
     (
@@ -65,11 +66,11 @@ METRICS: Final = (
     _metric(RELEASABLE, "Bytes that emptying the cache would give back to the driver."),
     _metric(
         GRAPHS,
-        "Bytes reserved in pools of CUDA graphs, and of the program's own; sleep mode's are not in it.",
+        "Bytes reserved in pools of CUDA graphs, and of the program's own.",
     ),
     _metric(
         FRAGMENTATION,
-        "1 less allocated by reserved, in torch's own pool; none in sleep mode, whose tensors lie elsewhere.",
+        "1 less allocated by reserved, in torch's own pool.",
     ),
     _metric(
         SLEEP_POOL,
@@ -185,7 +186,7 @@ class _Table:
             LARGEST: max(one.largest_free_block_bytes for one in self._summaries),
             FRAGMENTS: max(0, inactive - releasable),
             RELEASABLE: releasable,
-            GRAPHS: self._sum("graph_pool_bytes"),
+            GRAPHS: self._sum("private_reserved_bytes"),
         }
 
     def _corrected(self) -> dict[str, float]:
@@ -195,8 +196,7 @@ class _Table:
         reserved = self._stats[_RESERVED]
         own = reserved - self._sum("private_reserved_bytes")
         slack = max(0, reserved - self._stats[_ALLOCATED] - self._sum("private_inactive_bytes"))
-        is_whole = own > 0 and not self._sleeping
-        return {SLACK: slack} | ({FRAGMENTATION: min(1.0, slack / own)} if is_whole else {})
+        return {SLACK: slack} | ({FRAGMENTATION: min(1.0, slack / own)} if own > 0 else {})
 
     def _sum(self, name: str) -> int:
         return sum(getattr(one, name) for one in self._summaries)

@@ -96,7 +96,6 @@ class Summary(msgspec.Struct):
     releasable_bytes: Bytes
     private_reserved_bytes: Bytes
     private_inactive_bytes: Bytes
-    graph_pool_bytes: Bytes
 
 
 class Snapshot(msgspec.Struct):
