@@ -115,6 +115,7 @@ class Cycle:
         self.settings = parts.settings
         self.limits = remediation.Limits.of(parts.settings.remediation)
         self.last_tick_ms = parts.started_at_ms
+        self._ticked_at_ms: int | None = None
         self.jumped_at_ms: int | None = None
         self.last_report = Report(at_ms=parts.started_at_ms, summary="starting")
         self._read_at_ms: dict[str, int] = {}
@@ -220,6 +221,9 @@ class Cycle:
     def tick(self, now_ms: int) -> Report:
         """Judge, decide, save what changed in one transaction, then act."""
         now_ms = (now_ms + _TICK_GRAIN_MS // 2) // _TICK_GRAIN_MS * _TICK_GRAIN_MS
+        if now_ms == self._ticked_at_ms:
+            return self.last_report  # a second row of one instant would undo what the first one ended
+        self._ticked_at_ms = now_ms
         self._notice_jump(now_ms)
         if self._has_unread() and now_ms - self._watched_since_ms < _FIRST_READ_WAIT_MS:
             return self.last_report  # judging what was not yet read would end alerts that go on

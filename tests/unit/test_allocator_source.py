@@ -188,7 +188,7 @@ def test_a_vllm_that_notes_no_sleep_is_known_to_sleep_by_what_lies_in_the_hosts_
 
 
 def test_torch_is_asked_for_nothing_that_takes_its_lock_where_sleep_mode_may_hold_it(tmp_path):
-    """Its allocator waits for Python's lock with torch's held; who asked torch would have the one and wait."""
+    """Its allocator waits for Python's lock with torch's held; who asked would hold the one and wait."""
     with Program(tmp_path, SLEEPY) as program:
         program.do(f"torch.cuda.allocate(0, 30 * 2**20); {LOADED}")
         program.do("torch.cuda.memory_stats = torch.cuda.memory_snapshot = torch.cuda.empty_cache = None")

@@ -166,7 +166,7 @@ def _sleep_allocator() -> Any | None:  # noqa: ANN401  # vLLM's
 
 
 def _has_sleep_mode() -> bool:
-    """Its allocator is made some time before it is first used: whoever looks right before a call is in time."""
+    """Its allocator is made some time before its first use: who looks right before a call is in time."""
     return _sleep_allocator() is not None
 
 

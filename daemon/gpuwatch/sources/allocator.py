@@ -1,8 +1,8 @@
 """Samples of torch's CUDA allocator in the processes that have a guest, and of what else guests tell.
 
 A CUDA graph's pool looks free between two replays: the counters of each second are corrected by the last
-snapshot, and without one the corrected series are left out. Of a server with sleep mode torch tells nothing (see
-`guest.allocator`), but its pools are told by tag.
+snapshot, and without one the corrected series are left out. Of a server with sleep mode torch tells nothing
+(`guest.allocator` says why), but its pools are told by tag.
 """
 
 from __future__ import annotations
