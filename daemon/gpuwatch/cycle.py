@@ -58,8 +58,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TICK_MS: Final = 1000
-_START_MS: Final = 2000
-_TICK_GRAIN_MS: Final = 100  # a tick that comes 2 ms late must not make `for: 2s` three seconds
+TICK_GRAIN_MS: Final = 100  # a tick that comes 2 ms late must not make `for: 2s` three seconds
 _FIRST_READ_WAIT_MS: Final = 15_000
 _MESSAGES_A_TURN: Final = 10
 _HISTORY: Final = 100
@@ -140,9 +139,6 @@ class Cycle:
         jobs += [
             Job(f"observe:{name}", TICK_MS, partial(self.observe, name)) for name in self.parts.supervisors
         ]
-        jobs += [
-            Job(f"start:{name}", _START_MS, partial(self.read_start, name)) for name in self.parts.starts
-        ]
         # One after the other within a second: what was read is judged, and what was judged is told, at once.
         jobs += [Job("tick", TICK_MS, self.tick, offset_ms=300, worker=False)]
         jobs += [
@@ -157,6 +153,8 @@ class Cycle:
             receivers=tuple(self.parts.notifiers),
             writers=self.parts.writers,
             spool_ms=self.settings.store.spool,
+            starts=self.parts.starts,
+            append=self._append,
             troubles=self.troubles,
             jitter=self.parts.jitter,
         )
@@ -203,24 +201,11 @@ class Cycle:
             self._supervision[name] = SupervisorState(phase=SupervisorPhase.UNKNOWN, detail=str(error))
             self.troubles.say(f"supervisor of {name}", str(error))
 
-    def read_start(self, name: str, now_ms: int) -> None:
-        """Read on in a server's log while it starts, and keep what it says."""
-        state = self.store.servers().get(name)
-        if state is None:
-            return
-        watch = self.parts.starts[name]
-        start = watch.look(state, self.store.starts(name, limit=2), now_ms)
-        self.troubles.say(f"log of {name}", watch.trouble)
-        if start:
-            self.store.save(Changes(starts=[start]), None)
-        known = self.store.starts(name, limit=2)
-        self._append(f"start:{name}", servers.start_samples(known, now_ms), now_ms)
-
     # -- tick: judge, decide, act ----------------------------------------------------------------
 
     def tick(self, now_ms: int) -> Report:
         """Judge, decide, save what changed in one transaction, then act."""
-        now_ms = (now_ms + _TICK_GRAIN_MS // 2) // _TICK_GRAIN_MS * _TICK_GRAIN_MS
+        now_ms = (now_ms + TICK_GRAIN_MS // 2) // TICK_GRAIN_MS * TICK_GRAIN_MS
         if now_ms == self._ticked_at_ms:
             return self.last_report  # a second row of one instant would undo what the first one ended
         self._ticked_at_ms = now_ms
@@ -319,7 +304,11 @@ class Cycle:
             state, seen = servers.observed(server, known.get(server.name), supervisor, self.store, now_ms)
             if seen:
                 self._append(f"server:{server.name}", servers.samples(state), now_ms)
-            self._judge_progress(server, state, now_ms)
+            try:
+                self._judge_progress(server, state, now_ms)
+                self.troubles.say(f"progress of {server.name}", "")
+            except Exception as error:  # noqa: BLE001 (what one server's page says must not end the watch)
+                self.troubles.bug(f"progress of {server.name}", error)
             states[server.name] = state
         return states
 

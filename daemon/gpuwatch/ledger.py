@@ -165,12 +165,14 @@ class _Told:
         return sum(found) / len(found) if found else None
 
     def sleeps(self, server: str) -> bool:
-        """Whether vLLM's own page says that its engine is not awake."""
-        return any(
-            value == 0 and labels.get("sleep_state") == "awake"
+        """Whether vLLM's own page says that it gave memory back: level 0, a pause, is no such sleep."""
+        states = {
+            labels.get("sleep_state"): value
             for labels, value in self._of("vllm:engine_sleep_state")
             if labels.get("server") == server
-        )
+        }
+        is_awake = states.pop("awake", 1.0)
+        return not is_awake and (not states or any(states.values()))
 
     def _of(self, metric: str) -> list[tuple[Labels, float]]:
         return self._by_metric.get(metric, [])

@@ -19,6 +19,7 @@ from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.interval import IntervalTrigger
 
 from gpuwatch import assembly, clock, lean, notify, sources
+from gpuwatch.cycle import TICK_GRAIN_MS
 from gpuwatch.errors import GpuwatchError
 from gpuwatch.sources.exits import Waking
 
@@ -219,8 +220,16 @@ class Service:
 
     def _tick_at_once(self) -> None:
         (tick,) = (job for job in self.cycle.jobs() if job.name == "tick")
+        # Not sooner than half a tick's grain: rounded, its instant must not lie before what was read.
+        soon = clock.utc_now() + dt.timedelta(milliseconds=TICK_GRAIN_MS / 2)
         self.scheduler.add_job(
-            self._run_job, args=[tick], id="tick at once", executor="line", replace_existing=True
+            self._run_job,
+            "date",
+            run_date=soon,
+            args=[tick],
+            id="tick at once",
+            executor="line",
+            replace_existing=True,
         )
 
     def _reload(self) -> None:

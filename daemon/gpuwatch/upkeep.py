@@ -1,4 +1,4 @@
-"""What keeps the house in order beside the straight line: seals hours, deletes what is old, sends on."""
+"""What goes on beside the straight line: reads the logs of starts, seals hours, deletes, sends on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from gpuwatch import notify, remote_write
+from gpuwatch import notify, remote_write, servers
 from gpuwatch.records import Labels
 from gpuwatch.remote_write import RemoteWriteError
 from gpuwatch.store import Changes
@@ -14,7 +14,7 @@ from gpuwatch.store import Changes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from gpuwatch.records import Scrape
+    from gpuwatch.records import Sample, Scrape
     from gpuwatch.remote_write import RemoteWriter, WriterState
     from gpuwatch.store import Store
     from gpuwatch.troubles import Troubles
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _PRUNE_MS: Final = 600_000
 _SEAL_MS: Final = 60_000
 _SEND_MS: Final = 5_000
+_START_MS: Final = 2_000
 _REQUESTS_A_TURN: Final = 50
 _ROWS_A_REQUEST: Final = 200
 _ROWS_ONE_BY_ONE: Final = 2
@@ -45,23 +46,43 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upkeep:
-    """What it works on; `spool_ms`: how long samples wait for a receiver."""
+    """What it works on; `spool_ms`: how long samples wait for a receiver.
+
+    `starts` by server; `append` takes what a target gives at an instant, and ends what it no longer gives.
+    """
 
     store: Store
     receivers: Iterable[str]
     writers: Mapping[str, RemoteWriter]
     spool_ms: int
+    starts: Mapping[str, servers.StartWatch]
+    append: Callable[[str, Sequence[Sample], int], None]
     troubles: Troubles
     jitter: Callable[[], float]
 
     def jobs(self) -> list[Job]:
         """The schedule as data."""
         sends = [Job(f"send:{n}", _SEND_MS, partial(self.send, n), offset_ms=700) for n in self.writers]
+        starts = [Job(f"start:{n}", _START_MS, partial(self.read_start, n)) for n in self.starts]
         return [
+            *starts,
             *sends,
             Job("seal", _SEAL_MS, self.store.seal, offset_ms=800),
             Job("prune", _PRUNE_MS, self.prune, offset_ms=900),
         ]
+
+    def read_start(self, name: str, now_ms: int) -> None:
+        """Read on in a server's log while it starts, and keep what it says."""
+        state = self.store.servers().get(name)
+        if state is None:
+            return
+        watch = self.starts[name]
+        start = watch.look(state, self.store.starts(name, limit=2), now_ms)
+        self.troubles.say(f"log of {name}", watch.trouble)
+        if start:
+            self.store.save(Changes(starts=[start]), None)
+        known = self.store.starts(name, limit=2)
+        self.append(f"start:{name}", servers.start_samples(known, now_ms), now_ms)
 
     def prune(self, now_ms: int) -> None:
         """Delete what is older than the settings keep, and give up news that is a day old."""

@@ -191,7 +191,7 @@ WANTS = {
     "not after a step": (idle(in_flight=None, flat_ms=MINUTE), ""),
     "not where requests are counted": (idle(flat_ms=CANARY_INTERVAL_MS), ""),
     "not while asleep": (replace(QUIET, sleep="discard_all"), ""),
-    "not without metrics": (replace(QUIET, scraped_ms=None), ""),
+    "without metrics nothing else tells": (replace(QUIET, scraped_ms=None), "canary"),
     "not of a server that is down": (phase("down"), ""),
 }
 

@@ -80,6 +80,8 @@ def upkeep(store, receiver, spool_ms=6 * HOUR_MS, receivers=(), troubles=None):
         receivers=receivers,
         writers={"mimir": receiver},
         spool_ms=spool_ms,
+        starts={},
+        append=lambda *_: None,
         troubles=troubles or Troubles(),
         jitter=lambda: 0.0,
     )
@@ -136,6 +138,8 @@ def test_each_receiver_has_its_own_place(store):
         receivers=(),
         writers={"slow": slow, "quick": quick},
         spool_ms=HOUR_MS,
+        starts={},
+        append=lambda *_: None,
         troubles=Troubles(),
         jitter=lambda: 0.0,
     )

@@ -147,17 +147,20 @@ def _rows(pid: int, answer: dict[str, Any] | GuestError) -> list[str]:
         if not answer["devices"]:
             return [_COLUMNS.format(pid, name, role, "no CUDA", "", "", "", "", *work).rstrip()]
         return [_row(pid, name, role, device, work).rstrip() for device in answer["devices"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         return [f"{pid:>8}  not an answer: {type(error).__name__}"]
 
 
 def _row(pid: int, name: str, role: str, device: dict[str, Any], work: tuple[str, str]) -> str:
     stats = device["stats"]
-    held = (
-        f"{int(stats[f'{what}_bytes.all.current']) / 2**20:.0f} MiB" for what in ("allocated", "reserved")
-    )
-    counts = (int(stats[what]) for what in ("num_alloc_retries", "num_ooms"))
+    held = (_shown(stats, f"{what}_bytes.all.current", 2**20, " MiB") for what in ("allocated", "reserved"))
+    counts = (_shown(stats, what) for what in ("num_alloc_retries", "num_ooms"))
     return _COLUMNS.format(pid, name, role, f"cuda:{int(device['device'])}", *held, *counts, *work)
+
+
+def _shown(stats: dict[str, Any], name: str, unit: int = 1, suffix: str = "") -> str:
+    """A figure, or a dash where torch told none that could be believed."""
+    return f"{int(stats[name]) / unit:.0f}{suffix}" if name in stats else "-"
 
 
 def _in_flight(answer: dict[str, Any]) -> str:
@@ -267,7 +270,9 @@ def _stack_lines(threads: list[dict[str, Any]]) -> list[str]:
 
 def _install(folder: Path) -> None:
     """Written beside and moved into place, the entry point last: a start in between finds all or nothing."""
-    folder.mkdir(parents=True, exist_ok=True)
+    for made in [path for path in (folder, *folder.parents) if not path.exists()][::-1]:
+        made.mkdir(exist_ok=True)
+        made.chmod(0o755)
     info = f"{_PACKAGE}-{gpuwatch.__version__}.dist-info"
     with tempfile.TemporaryDirectory(prefix=f".{_PACKAGE}-", dir=folder) as name:
         draft = Path(name)

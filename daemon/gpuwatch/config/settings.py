@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _LEAST_RETENTION_MS: Final = 2 * 3_600_000
+_MOST_METRICS_MS: Final = 5_000
 _LEAST_CANARY_MS: Final = 15_000
 _MOST_CANARY_MS: Final = 3_600_000  # what is at hand of the past
 _LEAST_SIZE_BYTES: Final = 64 * 2**20
@@ -396,6 +397,8 @@ def _troubles(settings: Settings) -> list[_Trouble]:
         for name in intervals
         if getattr(settings.sources, name) < 100
     ]
+    if settings.sources.metrics_interval > _MOST_METRICS_MS:
+        found.append(_Trouble(("sources", "metrics_interval"), "must be 5s or less, to see steps come"))
     if settings.remediation.budget.count < 1:
         found.append(_Trouble(("remediation", "budget", "count"), "must be 1 or more; use mode: observe"))
     if settings.lang not in {"en", "zh"}:

@@ -151,15 +151,23 @@ def _listen(path: Path) -> socket.socket:
 def _converse(connection: socket.socket) -> None:
     request = wire.receive(connection, wire.MOST_REQUEST_BYTES, _EXCHANGE_S)
     connection.settimeout(_EXCHANGE_S)
-    connection.sendall(wire.encode(_answer(request), wire.MOST_ANSWER_BYTES))
+    answer = _answer(request)
+    try:
+        line = wire.encode(answer, wire.MOST_ANSWER_BYTES)
+    except wire.WireError as error:
+        line = wire.encode(_failed(f"the answer is too large: {error}"), wire.MOST_ANSWER_BYTES)
+    connection.sendall(line)
 
 
 def _answer(line: bytes) -> dict[str, Any]:
     try:
         return {"protocol": wire.PROTOCOL, **identity.identity(), **_said(line)}
     except Exception as error:  # noqa: BLE001 (the other end is told)
-        text = f"{type(error).__name__}: {error}"[:_MOST_ERROR]
-        return {"protocol": wire.PROTOCOL, "pid": os.getpid(), "error": text}
+        return _failed(f"{type(error).__name__}: {error}")
+
+
+def _failed(why: str) -> dict[str, Any]:
+    return {"protocol": wire.PROTOCOL, "pid": os.getpid(), "error": why[:_MOST_ERROR]}
 
 
 def _said(line: bytes) -> dict[str, Any]:

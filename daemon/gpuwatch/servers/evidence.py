@@ -135,7 +135,8 @@ def _engine(look: Look, name: str, page: _Page) -> Engine:
     counts = [last(page.series.get(metric)) for metric in (_RUNNING, _WAITING)]
     requests = sum(int(sample[1]) for sample in counts if sample)
     signs = [page.series[metric] for metric in _SIGNS if metric in page.series]
-    moved_at_ms = max(map(_unchanged_since_ms, signs))
+    queue = page.series.get(_WAITING)
+    moved_at_ms = max(_unchanged_since_ms(series, is_queue=series is queue) for series in signs)
     flat_ms = max(page.at_ms - moved_at_ms, 0)
     is_long = requests > 0 and flat_ms >= _LONG_STEP_FROM_MS
     return Engine(
@@ -149,10 +150,17 @@ def _engine(look: Look, name: str, page: _Page) -> Engine:
     )
 
 
-def _unchanged_since_ms(series: Series) -> int:
-    """Since when a series has had the value that it has; 0 if it has none."""
+def _unchanged_since_ms(series: Series, *, is_queue: bool) -> int:
+    """Since when a series has had the value that it has; 0 if it has none.
+
+    Of a queue, whether it is empty: clients make it longer, not steps.
+    """
     newest = last(series)
-    return run_began_ms(series, lambda value: newest is not None and value == newest[1]) or 0
+    if newest is None:
+        return 0
+    value = newest[1]
+    same = (lambda v: (v > 0) == (value > 0)) if is_queue else (lambda v: v == value)
+    return run_began_ms(series, same) or 0
 
 
 def _longest_step_ms(look: Look, engine: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Final
 
 from gpuwatch.promql import Matcher
@@ -41,33 +41,52 @@ def _over(look: Look, span_ms: int) -> Hardware:
     cores = _cores(look, span_ms)
     if cores is None:
         return Hardware.UNKNOWN
+    if _has_blocked(look, span_ms):
+        return Hardware.WORKING
     held = look.at("gpu_process_memory_used_bytes", span_ms)
     uuids = {series.labels.get("uuid") for series in held}
     figures = _figures(look, span_ms)
     if not uuids:  # a server on CPUs alone, or GPUs of which nobody can tell whose they are
-        return _of_cpu(cores) if not figures else Hardware.UNKNOWN
-    gpus = [_of_gpu(look, uuid, figures.get(uuid, {})) for uuid in sorted(uuids)]
-    for worse in (Hardware.UNKNOWN, Hardware.WORKING, Hardware.SPINNING):
-        if worse in gpus:
+        has_gpus = figures or look.of_host(_UTILIZATION, _HOUR_MS)
+        return Hardware.UNKNOWN if has_gpus else _of_cpu(cores)
+    gpus = {uuid: _of_gpu(look, uuid, figures.get(uuid, {})) for uuid in sorted(uuids)}
+    for worse in (Hardware.UNKNOWN, Hardware.WORKING):
+        if worse in gpus.values():
             return worse
-    return _of_cpu(cores)
+    if Hardware.SPINNING not in gpus.values():
+        return _of_cpu(cores)
+    # Who spins may wait for one whose GPU rests because it compiles or loads.
+    late = {
+        s.labels.get("process").rpartition(":")[2]
+        for s in held
+        if gpus[s.labels.get("uuid")] is Hardware.IDLE
+    }
+    its = _cores(look, span_ms, Matcher("process", "=~", "|".join(sorted({"helper", *late}))))
+    return Hardware.WORKING if its is not None and its >= _IDLE_CORES else Hardware.SPINNING
+
+
+def _has_blocked(look: Look, span_ms: int) -> bool:
+    """Whether a process waited for a disk or the driver: it uses no CPU, and rests as little."""
+    blocked = Matcher("state", "=", "blocked"), Matcher("role", "!=", "api_server")
+    return any(1.0 in series.values for series in look.at("server_process_state", span_ms, *blocked))
 
 
 def _of_cpu(cores: float) -> Hardware:
     return Hardware.IDLE if cores < _IDLE_CORES else Hardware.WORKING
 
 
-def _cores(look: Look, span_ms: int) -> float | None:
+def _cores(look: Look, span_ms: int, *more: Matcher) -> float | None:
     """How many cores all but the API use; None if that cannot be told.
 
     The API answers health checks and scrapes also where no token comes.
     """
-    found = look.at("server_process_cpu_seconds_total", span_ms, Matcher("role", "!=", "api_server"))
+    found = look.at("server_process_cpu_seconds_total", span_ms, Matcher("role", "!=", "api_server"), *more)
     fresh = [series for series in found if is_fresh(series, look.now_ms) and len(series.at_ms) > 1]
     if not fresh or max(series.at_ms[-1] - series.at_ms[0] for series in fresh) < _LEAST_SPAN_MS:
         return None
-    used = ((s.values[-1] - s.values[0]) / (s.at_ms[-1] - s.at_ms[0]) for s in fresh)
-    return sum(max(1000 * rate, 0.0) for rate in used)
+    # Of processes of one name the sum falls where one ends: only what it rose by is work.
+    rises = ((sum(b - a for a, b in pairwise(s.values) if b > a), s.at_ms[-1] - s.at_ms[0]) for s in fresh)
+    return sum(1000 * rise / span for rise, span in rises)
 
 
 def _figures(look: Look, span_ms: int) -> dict[str, dict[str, Series]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, Final
 
 from gpuwatch.promql import Matcher
@@ -37,11 +38,11 @@ class Look:
 
 
 def last(series: Series | None) -> tuple[int, float] | None:
-    """The newest sample that is no staleness marker: instant and value."""
+    """The newest sample that is a finite number, and so no staleness marker: instant and value."""
     if series is None:
         return None
     backwards = zip(reversed(series.at_ms), reversed(series.values), strict=True)
-    return next(((at_ms, value) for at_ms, value in backwards if value == value), None)
+    return next(((at_ms, value) for at_ms, value in backwards if isfinite(value)), None)
 
 
 def is_fresh(series: Series, now_ms: int) -> bool:

@@ -7,7 +7,7 @@ Rule 2: an engine, worker or API process that ended, while the server still says
         the server is being stopped it is the stop.
 Rule 3: such a process that a signal or a debugger has held for 2 s is a stall, also while nobody asks.
 Rule 4: who was put to sleep, or told to pause, is not to be blamed for standing still.
-Rule 5: without fresh metrics nobody can tell.
+Rule 5: without fresh metrics nobody can tell, unless a canary does (rule 7).
 Rule 6: requests in hand and no step is a stall after 6 s if nothing computes, after 8 s if a GPU spins
         without drawing power, after 30 s if a process is blocked in the kernel, and else when the step has
         lasted longer than steps do: a long prompt and the compilation of a first request are work.
@@ -243,7 +243,7 @@ def _unanswered(e: Evidence) -> tuple[Verdict, str] | None:
     patience_ms = max((_patience_ms(engine) for engine in e.engines), default=_LONG_STEP_MS)
     if (is_plain and rests) or e.unanswered_ms >= patience_ms:
         return Verdict.STALLED, "canary_unanswered"
-    return Verdict.WORKING, "long_step"
+    return _blind(e) or (Verdict.WORKING, "long_step")
 
 
 def _busy(e: Evidence) -> tuple[Verdict, str]:
@@ -261,14 +261,13 @@ _RULES: Final[tuple[Callable[[Evidence], tuple[Verdict, str] | None], ...]] = (
     _died,
     _held,
     _resting,
+    _unanswered,
     _blind,
     _flat,
-    _unanswered,
     _busy,
 )
-_SETTLED: Final = frozenset(
-    {Verdict.ASLEEP, Verdict.STARTING, Verdict.DOWN, Verdict.STOPPED, Verdict.UNKNOWN}
-)  # a question would change nothing, or nobody would answer
+# A question would change nothing, or nobody would answer.
+_SETTLED: Final = frozenset({Verdict.ASLEEP, Verdict.STARTING, Verdict.DOWN, Verdict.STOPPED})
 
 
 def _wants_is_paused(e: Evidence) -> bool:
@@ -282,10 +281,13 @@ def _wants_is_paused(e: Evidence) -> bool:
 
 def _wants_canary(e: Evidence, interval_ms: int) -> bool:
     """Whether a request of our own tells what nothing else does."""
-    is_explained = e.is_paused or e.has_own_pause or _died(e) or _held(e)
+    is_unseen = e.phase is not ServerPhase.SERVING
+    is_explained = is_unseen or e.is_paused or e.has_own_pause or _died(e) or _held(e)
     if is_explained or any(engine.requests for engine in e.engines):
         return False
     asked_ms = interval_ms if e.canary_asked_ms is None else e.canary_asked_ms
     if e.unanswered_ms is not None or (e.in_flight_ms >= _IN_API_MS and e.flat_ms >= _IN_API_MS):
         return asked_ms >= min(_ASK_AGAIN_MS, interval_ms)
+    if _blind(e):
+        return asked_ms >= interval_ms
     return e.in_flight is None and e.flat_ms >= min(interval_ms, _MOST_FLAT_MS) and asked_ms >= interval_ms

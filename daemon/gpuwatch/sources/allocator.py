@@ -50,6 +50,8 @@ FIGURES: Final = (
     ("num_alloc_retries", "cuda_allocator_retries_total", "Allocations that first had to empty the cache."),
     ("num_ooms", "cuda_allocator_ooms_total", "Allocations that failed for want of memory."),
 )
+_COUNTERS: Final = tuple(name for name, metric, _ in FIGURES if metric.endswith("_total"))
+_MOST_COUNTED: Final = 256
 _BY_WORKER: Final = ("gpu", "uuid", "worker", "server")
 
 
@@ -102,6 +104,7 @@ class AllocatorSource:
         self._ooms = Ooms(folder, self._guests.server_of)
         self._gpus = Gpus(nvml)
         self._indices: dict[str, str] = {}
+        self._counted: dict[Where, dict[int, dict[str, int]]] = {}
 
     def read(self, now_ms: int) -> list[Sample]:
         """SourceError if the folder may not be read, or what lies in it not be taken."""
@@ -127,9 +130,21 @@ class AllocatorSource:
             for device in process.devices:
                 where = Where(device.uuid, process.worker, self._guests.server_of(process.pid))
                 tables[where].add(device, summaries.get(device.uuid))
+                self._count(where, process.pid, device)
         for where, table in tables.items():
+            table.count(self._counted[where].values())
             for metric, more, value in table.values():
                 yield where, metric, more, value
+
+    def _count(self, where: Where, pid: int, device: Device) -> None:
+        """Keep the counts of who is late or gone: a sum that falls would look like a counter begun anew."""
+        its = self._counted.pop(where, {})
+        its[pid] = {name: device.stats[name] for name in _COUNTERS if name in device.stats}
+        if len(its) > _MOST_COUNTED:
+            del its[next(iter(its))]
+        if len(self._counted) >= _MOST_COUNTED:
+            del self._counted[next(iter(self._counted))]
+        self._counted[where] = its
 
     def _of_servers(self, figures: Iterable[Figures]) -> Iterator[tuple[Labels, float]]:
         by_server: defaultdict[str, list[Figures]] = defaultdict(list)
@@ -170,12 +185,19 @@ class _Table:
         self._summaries += [] if summary is None else [summary]
         self._processes += 1
 
+    def count(self, told: Iterable[dict[str, int]]) -> None:
+        """The counters, also of processes that do not answer now."""
+        self._stats.update(dict.fromkeys(self._stats.keys() & set(_COUNTERS), 0))
+        for its in told:
+            for name in its.keys() & self._stats.keys():
+                self._stats[name] += its[name]
+
     def values(self) -> Iterator[tuple[str, dict[str, str], float]]:
         """Metric, labels beside those of the worker, and value."""
         for (tag, state), size in self._sleeping.items():
             yield SLEEP_POOL, {"tag": tag, "state": state}, float(size)
-        is_seen = len(self._summaries) == self._processes
         figures = {metric: self._stats[name] for name, metric, _ in FIGURES if name in self._stats}
+        is_seen = bool(figures) and len(self._summaries) == self._processes
         for metric, value in (figures | (self._seen() | self._corrected() if is_seen else {})).items():
             yield metric, {}, float(value)
 

@@ -8,6 +8,7 @@ Rule 4: a GPU that cannot tell has no counters: 0 would say that nothing happene
 
 from __future__ import annotations
 
+import weakref
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -91,6 +92,7 @@ class EventSource:
         self._nvml = nvml
         self._gpus = Gpus(nvml)
         self._sets: dict[str, object] = {}
+        weakref.finalize(self, _free, nvml, self._sets)  # a reload makes another source
         self._counts: dict[str, dict[_Counter, int]] = {}
         self._given: set[tuple[str, _Counter]] = set()
         self._series: dict[tuple[int, str, _Counter], Labels] = {}
@@ -172,6 +174,12 @@ class EventSource:
             own = {counter.label: counter.value}
             self._series[key] = Labels.of(counter.metric, gpu=str(gpu.index), uuid=gpu.uuid, **own)
         return self._series[key]
+
+
+def _free(nvml: Nvml, sets: dict[str, object]) -> None:
+    for events in sets.values():
+        with suppress(nvml.NVMLError):
+            nvml.nvmlEventSetFree(events)
 
 
 def _of_xid(xid: int) -> _Counter:

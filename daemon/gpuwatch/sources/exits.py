@@ -52,9 +52,9 @@ class Exits:
 
     def close(self) -> None:
         """Give all descriptors back; also while another thread calls `watch`."""
-        self.watch(())
         with self._turn:
             self._epoll.close()
+        self.watch(())
 
     def _open(self, identity: Identity) -> None:
         with suppress(OSError, AttributeError):  # a Python of older headers lacks the function

@@ -123,6 +123,9 @@ class Guests:
         """What those say that answer; GuestError if the folder may not be read."""
         sockets = client.listed(self._folder)
         self._rest_until_ms = {pid: at for pid, at in self._rest_until_ms.items() if at > now_ms}
+        # Who is late is not gone: forgotten, it would be asked for a snapshot at once.
+        self._snapshots = {pid: it for pid, it in self._snapshots.items() if pid in sockets}
+        self._snapshot_at_ms = {pid: at for pid, at in self._snapshot_at_ms.items() if pid in sockets}
         awake = [pid for pid in sorted(sockets) if pid not in self._rest_until_ms][:_MOST_GUESTS]
         found = []
         for pid, answer in self._ask({pid: sockets[pid] for pid in awake}, "figures").items():
@@ -149,11 +152,10 @@ class Guests:
 
     def _ask_snapshots(self, sockets: Mapping[int, Path], now_ms: int) -> None:
         """Of those that use a GPU, as far as it is time; one that fails is asked again in its turn."""
-        self._snapshots = {pid: it for pid, it in self._snapshots.items() if pid in sockets}
-        self._snapshot_at_ms = {pid: at for pid, at in self._snapshot_at_ms.items() if pid in sockets}
         due = {pid: path for pid, path in sockets.items() if self._snapshot_at_ms.get(pid, now_ms) <= now_ms}
         for pid, answer in (self._ask(due, "snapshot") if due else {}).items():
-            self._snapshot_at_ms[pid] = now_ms + _SNAPSHOT_MS
+            # Who gave none in time may have spent all of it, and more, with the allocator's lock in hand.
+            self._snapshot_at_ms[pid] = now_ms + max(_SNAPSHOT_MS, int(_SHARE * 1000 * self._within_s))
             with suppress(GuestError):
                 self._snapshots[pid] = snapshot = _believed(answer, Snapshot)
                 self._snapshot_at_ms[pid] = now_ms + max(_SNAPSHOT_MS, int(_SHARE * snapshot.took_ms))

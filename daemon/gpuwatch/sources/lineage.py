@@ -134,6 +134,8 @@ class Lineage:
             return
         self._times_named[key] = times + 1
         process, role = titled(words[0])
+        if any(m.identity.pid == stat.parent_pid and m.process == process for m in self._living.values()):
+            process = role = HELPER  # a fork that has its parent's title, and no part of its own
         member = self._living[identity]._replace(process=process, role=role)
         if role == HELPER and serves(words) and member.main not in self._serving:
             self._serving.add(identity)

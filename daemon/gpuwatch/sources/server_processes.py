@@ -161,7 +161,9 @@ class ProcessesSource:
     def _values(self, server: str, those: Sequence[tuple[Member, Stat]]) -> dict[Labels, float]:
         """Rule 1, for the processes of one name."""
         stats = [stat for _, stat in those]
-        states = {_state(stat.state) for stat in stats}
+        # One left behind by the server before may hang for ever: it says nothing of this one.
+        own = [stat for member, stat in those if not member.is_orphan] or stats
+        states = {_state(stat.state) for stat in own}
         present = next(state for state, _ in _STATES if state in states)
         newest = max(stat.identity.start_ticks for stat in stats)
         figures = (

@@ -30,6 +30,7 @@ _CONNECT_S: Final = 3.0
 _METRICS_S: Final = 5.0
 _LOAD_S: Final = 1.0
 _LOAD_REST_MS: Final = 60_000
+_IDLE_LOADS: Final = 3  # one may be of an instant when the last request had ended
 _TEXT_FORMAT: Final = {"Accept": "text/plain; version=0.0.4"}
 
 METRICS: Final = tuple(
@@ -66,6 +67,7 @@ class MetricsSource:
         self._session = session
         self._exposition = Exposition(server=server)
         self._load_rests_until_ms = 0
+        self._idle_loads = 0
 
     def read(self, now_ms: int) -> list[Sample]:
         """SourceError if there is no page, or it is malformed or larger than 16 MiB."""
@@ -73,11 +75,12 @@ class MetricsSource:
         return samples + self._load(now_ms, is_busy=any(map(_shows_work, samples)))
 
     def _load(self, now_ms: int, *, is_busy: bool) -> list[Sample]:
-        """Nothing for a minute after a server at work said 0: it does not count."""
+        """Nothing for a minute after a server at work said 0 again and again: it does not count."""
         if now_ms < self._load_rests_until_ms:
             return []
         in_flight = probe_load(self._url, self._session)
-        if in_flight is None or (is_busy and not in_flight):
+        self._idle_loads = self._idle_loads + 1 if is_busy and not in_flight else 0
+        if in_flight is None or self._idle_loads >= _IDLE_LOADS:
             self._load_rests_until_ms = now_ms + _LOAD_REST_MS
             return []
         labels = Labels.of("server_requests_in_flight", server=self._server, source="load")

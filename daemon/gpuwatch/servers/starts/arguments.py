@@ -16,11 +16,17 @@ _TOKEN: Final = re.compile(
     r"""(?P<string>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|(?P<open>[\[({])|(?P<close>[\])}])"""
     r"""|(?P<mark>[:,])|(?P<other>[^'"\[\](){}:,]+)"""
 )
-_HIDDEN: Final = r"(?:api[_-]?keys?|password|passwd|secret|credentials?|private[_-]key|access[_-]key|token)"
+_HIDDEN: Final = (
+    r"(?:api[_-]?keys?|password|passwd|passphrase|secret(?:[_-]\w+)?|credentials?(?:[_-]\w+)?|private[_-]key"
+    r"|access[_-]key|auth(?:orization)?|connection[_-]string|sig(?:nature)?|token)"
+)
 _HIDDEN_NAME: Final = re.compile(rf"(?:\w*_)?{_HIDDEN}|watermark_config")
 _HIDDEN_VALUE: Final = re.compile(
-    rf"""(?i)((?:--|\b)[\w-]{{0,40}}{_HIDDEN}['"]?\s*[:=]\s*|--[\w-]{{0,40}}{_HIDDEN}\s+)('[^']*'|"[^"]*"|[^\s,}}\])]+)"""
+    rf"""(?i)((?:--|\b)[\w-]{{0,40}}{_HIDDEN}['"]?\s*[:=]\s*)"""
+    r"""(?:\[[^\]]*\]?|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|(?:(?:bearer|basic)\s+)?[^\s,}\])&]+)"""
+    rf"""|(--[\w-]{{0,40}}{_HIDDEN}\s+)(?!-)\S+(?:\s+(?!-)\S+)*"""
 )
+_BARE: Final = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[\w-]{16,})")
 _CREDENTIALS_OF_URL: Final = re.compile(r"(?<=://)[^/\s@]+@")
 # Where it listens, what it logs and how it speaks: a start needs the same memory with and without these.
 _INDIFFERENT: Final = re.compile(
@@ -53,7 +59,8 @@ def configuration_of(version: str, arguments: Mapping[str, str]) -> str:
 
 def redacted(text: str) -> str:
     """The text without the values of what is named like a secret, and without credentials in URLs."""
-    return _CREDENTIALS_OF_URL.sub("", _HIDDEN_VALUE.sub(r"\1***", text))
+    text = _HIDDEN_VALUE.sub(r"\1\2***", text)
+    return _CREDENTIALS_OF_URL.sub("", _BARE.sub("***", text))
 
 
 def _pairs(text: str) -> Iterator[tuple[str, str]]:

@@ -27,6 +27,7 @@ _PROCESS: Final = re.compile(r"\(([\w.-]+) pid=\d+\) ?")
 _STAMP: Final = re.compile(r"(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ?")
 _ENGINE: Final = re.compile("EngineCore|(?:Vllm)?Worker|RayWorker")
 _UNNAMED: Final = "EngineCore"
+_API: Final = "APIServer"
 
 _N: Final = r"\d+(?:\.\d+)?"
 _FIGURES: Final = (
@@ -99,14 +100,14 @@ def read(start: ServerStart, raws: Iterable[str]) -> ServerStart:
             start, wants_detail = _with_detail(start, Line.of(raw).text)
         elif _TELLING.search(raw):
             line, known = Line.of(raw), start.failure
-            in_life = in_life or _HEALTHY in line.text
+            in_life = in_life or line.text.rstrip(". ").endswith(_HEALTHY)
             start = _after(start, line, in_life=in_life)
             wants_detail = known != start.failure == "bad_argument" and "detail" not in start.facts
     return start
 
 
 def _after(start: ServerStart, line: Line, *, in_life: bool) -> ServerStart:
-    if _HEALTHY in line.text:
+    if line.text.rstrip(". ").endswith(_HEALTHY):
         return dataclasses.replace(start, failure="", facts={}, lines=())
     if _ARGUMENTS in line.text:
         return _with_arguments(start, line.text.partition(_ARGUMENTS)[2])
@@ -162,8 +163,8 @@ def _sum(figures: Mapping[str, Mapping[str, float]], name: str) -> float | None:
 def _with_failure(start: ServerStart, line: Line, *, in_life: bool) -> ServerStart:
     of_engine = _ENGINE.match(line.process) is not None
     told = failures.failure_in(line.text, in_life=in_life, of_engine=of_engine)
-    if told is None:
-        return start
+    if told is None or (in_life and told.rank == 2 and line.process.startswith(_API)):
+        return start  # a cause that the API tells may be the text of a request
     known = failures.rank_of(start.failure)
     # Of causes the first counts, of mere errors the last.
     if told.rank > known or told.rank == known == failures.rank_of(failures.UNKNOWN):

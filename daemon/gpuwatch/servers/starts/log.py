@@ -139,7 +139,7 @@ class JournalLog:
         self._since_us = newest_us
 
     def _command(self, until_ms: int | None) -> list[str]:
-        command = [self._program, "--unit", self._unit, "--output=json", "--output-fields=MESSAGE"]
+        command = [self._program, "--unit", self._unit, "--output=json", "--output-fields=MESSAGE", "--all"]
         command += ["--no-pager", "--reverse", f"--lines={_MOST_LINES}", "--since", _at(self._since_us)]
         return command if until_ms is None else [*command, "--until", _at(until_ms * 1000)]
 
