@@ -190,7 +190,8 @@ class Clients:
 
     def work(self):
         while not self.stop.is_set():
-            status, headers = completion(self.port, self.tokens)
+            tokens = self.tokens() if callable(self.tokens) else self.tokens
+            status, headers = completion(self.port, tokens)
             self.statuses[status] += 1
             self.told_when += "Retry-After" in headers
             if status != 200:

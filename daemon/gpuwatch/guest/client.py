@@ -9,10 +9,8 @@ from __future__ import annotations
 import os
 import selectors
 import socket
-import stat
 import struct
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
 
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 _CHUNK_BYTES: Final = 64 * 1024
-_MOST_OOM_BYTES: Final = 4096
 _MOST_ERROR: Final = 500
 
 
@@ -93,25 +90,6 @@ def ask_all(
     return answers
 
 
-def take_oom(path: Path) -> dict[str, Any]:
-    """What an OOM file says, which is gone then; GuestError, PermissionError if the folder is not ours."""
-    taken = path.with_name(f".{path.name}.taken")
-    try:
-        path.rename(taken)
-    except FileNotFoundError:
-        raise _failed(pid_of(path), "its file has been taken by somebody else") from None
-    try:
-        event = wire.decode(_small_file(taken))
-    except (OSError, wire.WireError) as error:
-        raise _failed(pid_of(path), f"a malformed {path.name}: {error}") from None
-    finally:
-        with suppress(OSError):
-            taken.unlink()
-    if (event.get("protocol"), event.get("pid")) != (wire.PROTOCOL, pid_of(path)):
-        raise _failed(pid_of(path), f"a malformed {path.name}: of another protocol or process")
-    return event
-
-
 def pid_of(path: Path) -> int:
     """The process that a socket or a file belongs to by its name."""
     return int(path.stem)
@@ -172,13 +150,6 @@ def _checked(talk: _Talk) -> dict[str, Any] | GuestError:
 def _hang_up(talks: selectors.BaseSelector, key: selectors.SelectorKey) -> None:
     talks.unregister(key.fileobj)
     key.fileobj.close()  # type: ignore[union-attr]  # a socket
-
-
-def _small_file(path: Path) -> bytes:
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise wire.WireError("no regular file")
-        return file.read(_MOST_OOM_BYTES + 1)
 
 
 def _failed(pid: int, cause: str) -> GuestError:

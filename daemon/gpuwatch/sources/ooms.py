@@ -11,6 +11,7 @@ import os
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
@@ -23,7 +24,6 @@ from gpuwatch.sources.guests import Bytes, Name, Uuid, Where
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
-    from pathlib import Path
 
 EVENTS: Final = "cuda_oom_events_total"
 ASKED: Final = "cuda_oom_asked_bytes"
@@ -131,6 +131,8 @@ class Ooms:
             return self._delete(path)  # not what a guest leaves
         if (event.protocol, str(event.pid)) != (wire.PROTOCOL, path.name.partition(".")[0]):
             return self._delete(path)
+        if not _may_be_of(event.pid, path):
+            return self._delete(path)
         self._claimed[path] = now_ms
         tally = self._tally(Where(event.uuid, event.worker, self._server_of(event.pid)))
         tally.count += event.count
@@ -147,6 +149,15 @@ class Ooms:
         if where not in self._tallies and len(self._tallies) >= _MOST_TALLIES:
             del self._tallies[next(iter(self._tallies))]
         return self._tallies.setdefault(where, _Tally())
+
+
+def _may_be_of(pid: int, path: Path) -> bool:
+    """Anybody may write to the folder: while a process lives, its user alone speaks for it."""
+    try:
+        owner = Path(f"/proc/{pid}").stat().st_uid  # root's too of one that may not be looked into
+        return owner in {0, path.stat().st_uid}
+    except OSError:
+        return True
 
 
 def _small_file(path: Path) -> bytes:
