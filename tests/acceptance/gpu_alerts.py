@@ -64,7 +64,7 @@ def story(state):
     engine = next(c for c in psutil.Process(leader).children(recursive=True) if "EngineCor" in c.name())
     say(f"$ kill -STOP {engine.pid}   # {engine.name()}, sixteen requests running; /health says 200")
     engine.send_signal(signal.SIGSTOP)
-    fires_and_ends("VLLMEngineStalled", 150, lambda: engine.send_signal(signal.SIGCONT))
+    fires_and_ends("VLLMEngineStalled", 20, lambda: engine.send_signal(signal.SIGCONT))
     print(f"  healthy = {healthy()}, {load.answered} answers, {load.failed} failures")
     load.stop.set()
     time.sleep(5)
