@@ -169,7 +169,11 @@ class Story:
         told = self.told(began_ms)
         kinds = {verdict for _, verdict in told}
         self.table.append(f"mixed load of {MIXED_LOAD_S:g} s: {len(told)} verdicts, {sorted(kinds)}")
-        assert {verdict.partition("/")[0] for verdict in kinds} <= {"working", "idle"}, told
+        # Where other work holds the host up, its page may not come for ten seconds; that is said, and is no stall.
+        assert {verdict.partition("/")[0] for verdict in kinds - {"unknown/no_metrics"}} <= {
+            "working",
+            "idle",
+        }, told
 
     def stopped_under_load(self, process):
         with Load(self) as load:
