@@ -103,16 +103,16 @@ TABLE = {
     "none ever": (replace(GOOD, scraped_ms=None, engines=()), "unknown/no_metrics"),
     "none yet": (replace(GOOD, scraped_ms=None, engines=(), serving_ms=9_999), "starting/first_metrics"),
     # rule 6
-    "no step for 5.9 s": (flat(5.9), "working/steps"),
-    "no step for 6 s and all idle": (flat(6), "stalled/no_steps"),
+    "no step for 5.4 s": (flat(5.4), "working/steps"),
+    "no step for 5.5 s and all idle": (flat(5.5), "stalled/no_steps"),
     "but something computes": (flat(6, hardware=WORKS), "working/long_step"),
     "but that cannot be seen": (flat(6, hardware=UNKNOWN), "working/long_step"),
     "but it was not asked for a pause": (flat(6, is_paused=None), "working/long_step"),
     "but it never took a step": (flat(6, has_stepped=False), "working/long_step"),
     "but all wait for a grammar": (flat(6, deferred=4), "working/long_step"),
     "of which some do": (flat(6, deferred=3), "stalled/no_steps"),
-    "a GPU that spins for 7.9 s": (flat(7.9, hardware=SPINS), "working/long_step"),
-    "a GPU that spins for 8 s": (flat(8, hardware=SPINS), "stalled/spinning"),
+    "a GPU that spins for 7.4 s": (flat(7.4, hardware=SPINS), "working/long_step"),
+    "a GPU that spins for 7.5 s": (flat(7.5, hardware=SPINS), "stalled/spinning"),
     "blocked for 30 s": (flat(30, hardware=WORKS, processes=(BLOCKED,)), "stalled/process_blocked"),
     "blocked for 29 s": (
         flat(30, hardware=WORKS, processes=(replace(BLOCKED, blocked_ms=29_999),)),
@@ -261,7 +261,7 @@ def test_every_evidence_has_one_verdict_with_a_reason(e):
 
 @given(evidences)
 def test_nobody_is_stalled_while_steps_come_and_its_processes_are_well(e):
-    moving = tuple(replace(engine, flat_ms=min(engine.flat_ms, 5_999)) for engine in e.engines)
+    moving = tuple(replace(engine, flat_ms=min(engine.flat_ms, 5_499)) for engine in e.engines)
     e = replace(e, engines=moving, processes=(), died=(), unanswered_ms=None)
     assert judge(e, canary_interval_ms=None).verdict is not STANDING
 

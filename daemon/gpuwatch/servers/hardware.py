@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # The first is less than any span that makes a stall: what came before still belongs to a step. The second,
 # where too little was seen in it, reaches over a restart of gpuwatch.
-_SPANS_MS: Final = (5_500, 30_000)
+_SPANS_MS: Final = (5_000, 30_000)
 _LEAST_SPAN_MS: Final = 3_000
 _HOUR_MS: Final = 3_600_000
 _IDLE_CORES: Final = 0.1

@@ -8,7 +8,7 @@ Rule 2: an engine, worker or API process that ended, while the server still says
 Rule 3: such a process that a signal or a debugger has held for 2 s is a stall, also while nobody asks.
 Rule 4: who was put to sleep, or told to pause, is not to be blamed for standing still.
 Rule 5: without fresh metrics nobody can tell, unless a canary does (rule 7).
-Rule 6: requests in hand and no step is a stall after 6 s if nothing computes, after 8 s if a GPU spins
+Rule 6: requests in hand and no step is a stall after 5.5 s if nothing computes, after 7.5 s if a GPU spins
         without drawing power, after 30 s if a process is blocked in the kernel, and else when the step has
         lasted longer than steps do: a long prompt and the compilation of a first request are work.
 Rule 7: a canary without an answer is a request in hand that the gauges do not show: they freeze with the
@@ -36,8 +36,8 @@ IS_PAUSED: Final = "is_paused"
 CANARY: Final = "canary"
 
 _STOPPED_MS: Final = 2_000
-_NO_STEPS_MS: Final = 6_000
-_SPINNING_MS: Final = 8_000
+_NO_STEPS_MS: Final = 5_500  # three scrapes without a step, however they are spaced
+_SPINNING_MS: Final = 7_500
 _BLOCKED_MS: Final = 30_000
 _LONG_STEP_MS: Final = 60_000  # or three times the longest step of late, if that is more
 _LONGEST_STEP_MS: Final = 300_000  # but no more than this: the longest of late may have been a stall
