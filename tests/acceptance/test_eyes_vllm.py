@@ -169,7 +169,7 @@ class Story:
         told = self.told(began_ms)
         kinds = {verdict for _, verdict in told}
         self.table.append(f"mixed load of {MIXED_LOAD_S:g} s: {len(told)} verdicts, {sorted(kinds)}")
-        # Where other work holds the host up, its page may not come for ten seconds; that is said, and is no stall.
+        # Where other work holds the host up, no page may come for ten seconds: that is said, and is no stall.
         kinds -= {"unknown/no_metrics"}
         assert {verdict.partition("/")[0] for verdict in kinds} <= {"working", "idle"}, told
 
