@@ -70,6 +70,7 @@ class Server:
         self.log = guests.parent / f"vllm{len(list(guests.parent.glob('vllm*.log')))}.log"
         env = {
             **os.environ,
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else its threads and the clients share one core
             "VENV": str(VENV),
             "PYTHONPATH": str(guests.parent / "lib"),
             "GPUWATCH_GUEST_DIR": str(guests),

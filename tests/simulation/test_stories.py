@@ -175,6 +175,7 @@ def story(seed: int):
         yield world
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("chunk", range(-(-STORIES // CHUNK)))
 def test_no_incident_makes_gpuwatch_do_harm_or_lose_a_word(chunk):
     for seed in range(chunk * CHUNK, (chunk + 1) * CHUNK):

@@ -127,9 +127,11 @@ def test_a_source_keeps_its_own_samples_and_name():
 
 def test_aliases_ask_nvml_nothing():
     nvml, beside = FakeNvml(), FakeNvml()
+    eyes = eyes_of(nvml)
+    plain = (NvmlStaticSource(beside), NvmlSource(beside, names=beside), EventSource(beside))
     for now_ms in (0, SECOND):
-        aliases(eyes_of(nvml), now_ms)
-        for source in (NvmlStaticSource(beside), NvmlSource(beside, names=beside), EventSource(beside)):
+        aliases(eyes, now_ms)
+        for source in plain:
             source.read(now_ms)
     assert nvml.calls == beside.calls
 

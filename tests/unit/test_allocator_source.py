@@ -467,6 +467,6 @@ def test_the_guest_writes_when_it_happened(tmp_path):
         while program.do("print(len(torch.observers))") != "1":
             pass
         program.do(f"exec({script!r})")
-        event = client.take_oom(tmp_path / f"{program.pid}.oom")
+        event = json.loads((tmp_path / f"{program.pid}.oom").read_bytes())
         assert event["at_ms"] == pytest.approx(tmp_path.stat().st_mtime * 1000, abs=60_000)
         assert event["limit_bytes"] == 1000 * MIB
