@@ -45,7 +45,8 @@ servers:
     supervisor:
       process:
         command: [bash, {tool}, serve, {model}, --port, "{port}", --max-num-seqs, "8"{more}]
-        env: {{VLLM_CPU_OMP_THREADS_BIND: nobind, VENV: {venv}, PYTHONPATH: "{path}", GPUWATCH_GUEST_DIR: {guests}, WEDGE: {state}/wedge}}
+        env: {{VENV: {venv}, PYTHONPATH: "{path}", GPUWATCH_GUEST_DIR: {guests}, WEDGE: {state}/wedge,
+               VLLM_CPU_OMP_THREADS_BIND: nobind}}
 """
 # An engine that hangs and is stopped by no signal: the wrapped schedule() waits while a file is there. It is
 # called when there is work, so that an idle engine hangs before it took the first of the requests in hand.
