@@ -13,22 +13,18 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 import requests
 from click.testing import CliRunner
+from tests.acceptance import vllm_cpu
 
 from gpuwatch import cli
 from gpuwatch.errors import StoreError
 from gpuwatch.promql import Matcher
 from gpuwatch.store import open_history
 
-ROOT = Path(__file__).parents[2]
-TOOL = ROOT.parent / "shared" / "tools" / "vllm_cpu.sh"
-BUILD = Path(os.environ.get("GPUWATCH_VLLM_BUILD", ROOT / "build" / "vllm"))
-VENV = Path(os.environ.get("VENV", BUILD / "venv"))
 PORT = int(os.environ.get("GPUWATCH_VLLM_PORT", "18251"))
 MIXED_LOAD_S = float(os.environ.get("GPUWATCH_MIXED_LOAD_S", "60"))
 START_S = 240
@@ -65,23 +61,7 @@ def register():
     Scheduler.schedule = schedule
 """
 
-pytestmark = [
-    pytest.mark.acceptance,
-    pytest.mark.shared,
-    pytest.mark.timeout(4000),
-    pytest.mark.skipif(not TOOL.exists(), reason="needs ../shared/tools/vllm_cpu.sh"),
-]
-
-
-@pytest.fixture(scope="module")
-def model():
-    if not (VENV / "bin" / "vllm").exists():
-        VENV.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["bash", TOOL, "install", VENV], check=True, timeout=900)
-    if not (BUILD / "models").exists():
-        env = {**os.environ, "VENV": str(VENV)}
-        subprocess.run(["bash", TOOL, "model", BUILD / "models"], check=True, timeout=300, env=env)
-    return BUILD / "models" / "tiny"
+pytestmark = vllm_cpu.needed
 
 
 @pytest.fixture
@@ -138,9 +118,9 @@ class Story:
             CONFIG.format(
                 state=folder,
                 port=PORT,
-                tool=TOOL,
+                tool=vllm_cpu.TOOL,
                 model=model,
-                venv=VENV,
+                venv=vllm_cpu.VENV,
                 path=f"{folder / 'plugin'}" + f":{folder / 'lib'}" * has_guest,
                 more=", --middleware, gpuwatch_guest.admission.Admission" * has_guest,
                 guests=self.guests,

@@ -10,12 +10,12 @@ import socket
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import psutil
 import pytest
 import requests
 from click.testing import CliRunner
+from tests.acceptance import vllm_cpu
 from tests.fake_nvml import FakeNvml
 from tests.guests import ask, wait_for
 
@@ -23,31 +23,11 @@ from gpuwatch import cli
 from gpuwatch.guest import client
 from gpuwatch.sources import AllocatorSource
 
-ROOT = Path(__file__).parents[2]
-TOOL = ROOT.parent / "shared" / "tools" / "vllm_cpu.sh"
-BUILD = Path(os.environ.get("GPUWATCH_VLLM_BUILD", ROOT / "build" / "vllm"))
-VENV = Path(os.environ.get("VENV", BUILD / "venv"))
 PORT = 18241
 START_S = 240
 PROMPTS = [[5, 6, 7], [400, 12, 4, 4, 8], list(range(3, 60))]
 
-pytestmark = [
-    pytest.mark.acceptance,
-    pytest.mark.shared,
-    pytest.mark.timeout(1500),
-    pytest.mark.skipif(not TOOL.exists(), reason="needs ../shared/tools/vllm_cpu.sh"),
-]
-
-
-@pytest.fixture(scope="module")
-def model():
-    if not (VENV / "bin" / "vllm").exists():
-        VENV.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["bash", TOOL, "install", VENV], check=True, timeout=900)
-    if not (BUILD / "models").exists():
-        env = {**os.environ, "VENV": str(VENV)}
-        subprocess.run(["bash", TOOL, "model", BUILD / "models"], check=True, timeout=300, env=env)
-    return BUILD / "models" / "tiny"
+pytestmark = vllm_cpu.needed
 
 
 @pytest.fixture
@@ -71,12 +51,12 @@ class Server:
         env = {
             **os.environ,
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else its threads and the clients share one core
-            "VENV": str(VENV),
+            "VENV": str(vllm_cpu.VENV),
             "PYTHONPATH": str(guests.parent / "lib"),
             "GPUWATCH_GUEST_DIR": str(guests),
             **env,
         }
-        command = ["bash", TOOL, "serve", model, "--port", str(PORT), *options]
+        command = ["bash", vllm_cpu.TOOL, "serve", model, "--port", str(PORT), *options]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -221,9 +201,16 @@ class Limited(Server):
         return {(name, bound): float(value) for name, bound, value in lines}
 
     def steps(self):
-        """The tokens of each step; vLLM's histogram has a prompt as a whole in the step of its last piece."""
+        """The tokens of each step, of prompts and generated, by its log.
+
+        vLLM's histogram has a prompt as a whole in the step of its last piece.
+        """
         found = re.findall(r"(\d+) context tokens, .* (\d+) generation tokens", self.log.read_text())
-        return [int(context) + int(generation) for context, generation in found]
+        return [(int(context), int(generation)) for context, generation in found]
+
+    def generating(self):
+        """How many requests had a token of each step."""
+        return [generated for _, generated in self.steps() if generated]
 
 
 @pytest.fixture(scope="module")
@@ -281,11 +268,14 @@ def test_a_cap_under_load_drains_and_lifts_and_no_request_fails(limited):
         assert limited.engine()["running"] == 0
         limited.limit("--lift")
         assert running(limited, MOST)[-1] == MOST
+        done = len(limited.generating())
         limited.limit("--running", "2")
-        drained = running(limited, 2)
+        running(limited, 2)
+        generating = wait_for(lambda: (counts := limited.generating()[done:]) and 2 in counts and counts)
+        drained = [count for count, _ in itertools.groupby(generating[: generating.index(2) + 1])]
         print("drained", drained, limited.engine())
-        assert drained == sorted(drained, reverse=True)
-        assert len(drained) > 2
+        assert drained == list(range(drained[0], 1, -1)), "one by one, as they end"
+        assert drained[0] > 3
         gauges = wait_for(lambda: (m := limited.metrics())["num_requests_running", ""] == 2 and m)
         assert gauges["num_requests_waiting", ""] > 2
         limited.limit("--lift")
@@ -307,7 +297,7 @@ def test_a_cap_on_tokens_makes_steps_smaller_and_no_request_fails(limited):
         done = len(limited.steps())
         with load(limited, *[4] * 16, prompt=700):
             limited.limit(*words)
-        largest.append(max(limited.steps()[done:]))
+        largest.append(max(map(sum, limited.steps()[done:])))
     print("largest steps", largest)
     assert largest[1] <= 256
     assert min(largest[0], largest[2]) >= 700
