@@ -13,7 +13,7 @@ CODE = sorted((ROOT / "daemon").rglob("*.py"))
 LONGEST, LONGEST_OF = 400, {"records.py": 500, "settings.py": 500, "cycle.py": 520}
 UNITS = """
 _bytes _ratio _celsius _watts _total _hertz _seconds _ok _down _phase _info up _active _reasons
-_pending _failed _action _orphaned _stopping _paused _progress _in_flight _limit _tokens
+_pending _guests _revision _failed _action _orphaned _stopping _paused _progress _in_flight _limit _tokens
 _rows _generation _width _state _load1 _timeout _broken _failing _unsent _generation_max _width_max _hertz_max
 _watts_min _watts_max
 """.split()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -11,18 +12,20 @@ import msgspec
 from gpuwatch import clock, config, notify, promql, remediation, remote_write, rules, servers, sources
 from gpuwatch.cycle import Cycle, Parts
 from gpuwatch.errors import StoreError
+from gpuwatch.guest import wire
 from gpuwatch.store import Changes, Disk, Store
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
-    from gpuwatch.config import Settings
+    from gpuwatch.config import ServerSettings, Settings
+    from gpuwatch.records import Revision
     from gpuwatch.remote_write import RemoteWriter
     from gpuwatch.sources.recording import Recording
 
 log = logging.getLogger(__name__)
 
+_API: Final = "api_server"
 _LEAST_WINDOW_MS: Final = 3_600_000
 _SPARE_MS: Final = 10_000
 _SAMPLES_A_RULE: Final = 5_000_000  # at some 30 bytes each
@@ -92,13 +95,14 @@ def cycle(
     trees = trees or sources.Trees()
     probes = sources.probes_of(settings)
     supervised = [server for server in settings.servers if server.supervisor]
+    supervisors = {s.name: servers.supervisor_of(s, settings.state_dir) for s in supervised}
     return Cycle(
         Parts(
             settings=settings,
             store=store,
             sources=[*sources.of_host(settings, trees), *probes.values()],
             groups=groups,
-            supervisors={s.name: servers.supervisor_of(s, settings.state_dir) for s in supervised},
+            supervisors=supervisors,
             notifiers=notify.of_settings(settings.receivers, clock.SystemClock()),
             started_at_ms=started_at_ms,
             jitter=random.random,
@@ -107,7 +111,41 @@ def cycle(
             trees=trees,
             probes=probes,
             starts={s.name: servers.start_watch_of(s, settings.state_dir) for s in supervised},
+            hands={s.name: _hands(s, settings, supervisors[s.name], store, trees) for s in supervised},
         )
+    )
+
+
+def _hands(
+    server: ServerSettings,
+    settings: Settings,
+    supervisor: servers.Supervisor,
+    store: Store,
+    trees: sources.Trees,
+) -> servers.Hands:
+    """What can be done to a server through its supervisor, its guests and its settings."""
+
+    def python() -> str:
+        """The interpreter that has vLLM, by the settings, else by a command line of the server."""
+        process = server.supervisor.process if server.supervisor else None
+        proc = sources.Procfs()
+        lines = [proc.words(m.identity.pid) for m in trees.members(server.name) if m.role == _API]
+        found = map(servers.interpreter_of, [*lines, process.command if process else []])
+        return str(server.python or next(filter(None, found), ""))
+
+    def revision(number: int) -> Revision | None:
+        return next((r for r in store.revisions(server.name) if r.number == number), None)
+
+    return servers.Hands(
+        server,
+        supervisor,
+        guests=Path(wire.folder()),
+        errands=servers.Errands(folder=settings.state_dir / "errands"),
+        revisions=servers.Revisions(server.name, server.revisions) if server.revisions else None,
+        members=lambda: [member.identity.pid for member in trees.members(server.name)],
+        python=python,
+        revision_of=revision,
+        session=sources.local_session(),
     )
 
 

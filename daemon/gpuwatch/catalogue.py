@@ -31,6 +31,8 @@ _OWN: Final = (
         "reason",
     ),
     _gauge("server_stopping", "1 while its supervisor stops it because it was asked to, else 0.", "server"),
+    _gauge("server_revision", "The revision of its settings that the next start reads.", "server"),
+    _gauge("server_wanted_revision", "The revision of its settings that a person wanted last.", "server"),
     _gauge("server_phase", "1 for the phase that the server is in.", "server", "phase"),
     _gauge(
         "server_start_time_seconds",

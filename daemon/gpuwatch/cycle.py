@@ -11,8 +11,11 @@ transaction: what changed is saved first, then done. Nothing here waits, reads a
 | when a rule is evaluated          | `rules.judge`           |
 | whether an alert fires            | `rules.lifecycle`       |
 | whether something is done, what   | `remediation.planner`   |
+| which cure a failure has          | `remediation.cure`      |
 | why nothing is done               | `remediation.blockers`  |
 | how far a remediation has come    | `remediation.machine`   |
+| when a step is done               | `remediation.steps`     |
+| how a step is asked of a server   | `servers.hands`         |
 | what people are told, when        | `notify`                |
 """
 
@@ -25,18 +28,16 @@ from typing import TYPE_CHECKING, Final
 
 from gpuwatch import notify, remediation, rules, servers
 from gpuwatch.errors import NotifyError, ServerError, SourceError, StoreError
+from gpuwatch.healing import Healing, Turn, World
 from gpuwatch.promql import Limits
 from gpuwatch.records import (
+    CANARY,
     STALE,
-    Alert,
     Labels,
-    Mode,
-    Plan,
     Refusal,
     Remediation,
     Sample,
     ServerState,
-    Step,
     SupervisorPhase,
     SupervisorState,
     Transition,
@@ -48,7 +49,7 @@ from gpuwatch.troubles import Troubles
 from gpuwatch.upkeep import Job, Upkeep
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from gpuwatch.config import ServerSettings, Settings
     from gpuwatch.remote_write import RemoteWriter
@@ -61,7 +62,6 @@ TICK_MS: Final = 1000
 TICK_GRAIN_MS: Final = 100  # a tick that comes 2 ms late must not make `for: 2s` three seconds
 _FIRST_READ_WAIT_MS: Final = 15_000
 _MESSAGES_A_TURN: Final = 10
-_HISTORY: Final = 100
 _SAVED_WITHIN_MS: Final = 500
 # What gpuwatch says itself; every other series comes from a source.
 _OWN: Final = ("ALERTS", "gpuwatch_", "server_down", "server_phase", "server_stopping", "server_start_time")
@@ -86,6 +86,7 @@ class Parts:
     trees: Trees = field(default_factory=Trees)
     probes: Mapping[str, ProbeSource] = field(default_factory=dict)
     starts: Mapping[str, servers.StartWatch] = field(default_factory=dict)
+    hands: Mapping[str, servers.Hands] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +113,6 @@ class Cycle:
         self.parts = parts
         self.store = parts.store
         self.settings = parts.settings
-        self.limits = remediation.Limits.of(parts.settings.remediation)
         self.last_tick_ms = parts.started_at_ms
         self._ticked_at_ms: int | None = None
         self.jumped_at_ms: int | None = None
@@ -132,6 +132,17 @@ class Cycle:
         )
         self._remarked: set[str] = set()  # the rules, by key, of which it was told what PromQL remarks
         self.troubles = Troubles()
+        self.healing = self._healing()
+
+    def _healing(self) -> Healing:
+        return Healing(
+            self.settings,
+            self.store,
+            self.parts.hands,
+            self.troubles,
+            supervised=self.parts.supervisors,
+            receivers=self.parts.notifiers,
+        )
 
     def jobs(self) -> list[Job]:
         """The schedule as data."""
@@ -154,6 +165,7 @@ class Cycle:
             writers=self.parts.writers,
             spool_ms=self.settings.store.spool,
             starts=self.parts.starts,
+            hands=self.parts.hands,
             append=self._append,
             troubles=self.troubles,
             jitter=self.parts.jitter,
@@ -167,6 +179,7 @@ class Cycle:
         self._read_at_ms = old._read_at_ms
         self._watched_since_ms = old._watched_since_ms
         self.troubles = old.troubles
+        self.healing = self._healing()
         self._series = old._series
         here = {s.name for s in self.parts.sources}
         here |= {f"{kind}:{s.name}" for s in self.settings.servers for kind in _OF_SERVERS}
@@ -214,15 +227,12 @@ class Cycle:
             return self.last_report  # judging what was not yet read would end alerts that go on
         wishes = self._wishes()
         judged = self._judge(now_ms)
-        decisions, begun = self._decide(judged, wishes, now_ms)
-        live = self.store.live_remediations()
-        advanced, asks = self._advance(judged, [*live, *begun], wishes, now_ms)
-        refusals = [decision for decision in decisions.values() if isinstance(decision, Refusal)]
+        turn = self.healing.turn(self._world(judged, wishes, now_ms))
         messages = notify.messages_of_tick(
             transitions=judged.verdict.transitions,
-            decisions=decisions,
-            remediations=advanced,
-            before=live,
+            decisions=turn.decisions,
+            remediations=turn.remediations,
+            before=turn.before,
             host=self.settings.host,
             now_ms=now_ms,
         )
@@ -233,19 +243,35 @@ class Cycle:
                 ended=judged.verdict.ended,
                 transitions=judged.verdict.transitions,
                 servers=tuple(judged.servers.values()),
-                remediations=advanced,
+                remediations=turn.remediations,
                 notifications=notify.outbox(messages, self.parts.notifiers, now_ms),
-                refusals=refusals,
-                settings=remediation.wishes.forgotten(advanced),
+                refusals=turn.refusals,
+                revisions=turn.revisions,
+                settings=turn.settings,
             ),
             now_ms,
         )
         # Else it is asked at the next tick: first the intent, then the deed; and with the intent's saving
         # may come a pause that a person left in this second.
-        if asks and self.store.is_saved(_SAVED_WITHIN_MS) and self._wishes() == wishes:
-            self._act(asks, now_ms)
-        self.last_report = self._report(judged, advanced, refusals, now_ms)
+        if turn.asks and self.store.is_saved(_SAVED_WITHIN_MS) and self._is_heeded(wishes):
+            self.healing.act(turn.asks, now_ms)
+        self.last_report = self._report(judged, turn, now_ms)
         return self.last_report
+
+    def _world(self, judged: _Judged, wishes: remediation.Wishes, now_ms: int) -> World:
+        return World(
+            servers=judged.servers,
+            firing=judged.verdict.firing,
+            wishes=wishes,
+            started_at_ms=self.parts.started_at_ms,
+            jumped_at_ms=self.jumped_at_ms,
+            now_ms=now_ms,
+        )
+
+    def _is_heeded(self, wishes: remediation.Wishes) -> bool:
+        """Whether nobody paused or stopped anything since this tick began."""
+        now = self._wishes()
+        return (now.paused_until_ms, now.words) == (wishes.paused_until_ms, wishes.words)
 
     def _has_unread(self) -> bool:
         """Whether a source was not read since the watch began, at the start or after a sleep."""
@@ -320,109 +346,8 @@ class Cycle:
         progress = servers.judge_progress(evidence, canary_interval_ms=every_ms)
         self._append(f"progress:{server.name}", servers.progress_samples(progress), now_ms)
         if probe:
-            probe.ask(progress.wants)
-
-    def _decide(
-        self, judged: _Judged, wishes: remediation.Wishes, now_ms: int
-    ) -> tuple[dict[tuple[str, Labels], Plan | Refusal], list[Remediation]]:
-        """For each firing alert a plan, or why none."""
-        decisions: dict[tuple[str, Labels], Plan | Refusal] = {}
-        begun: list[Remediation] = []
-        for alert in judged.verdict.firing:
-            situation = self._situation(alert, judged, begun, wishes, now_ms)
-            decision = remediation.decide(situation, self.settings.remediation.mode)
-            decisions[alert.identity] = decision
-            if isinstance(decision, Plan):
-                begun.append(remediation.begin(decision, now_ms))
-        return decisions, begun
-
-    def _situation(
-        self,
-        alert: Alert,
-        judged: _Judged,
-        begun: Sequence[Remediation],
-        wishes: remediation.Wishes,
-        now_ms: int,
-    ) -> remediation.Situation:
-        server = self._server_of(alert, judged.servers)
-        policy = remediation.choose(self.settings.policies, alert)
-        mode = (policy.mode if policy else None) or self.settings.remediation.mode
-        name = server.name if server else ""
-        return remediation.Situation(
-            alert=alert,
-            policy=policy,
-            dry_run=mode is Mode.OBSERVE,
-            server=server,
-            has_supervisor=name in self.parts.supervisors,
-            history=[
-                *(r for r in begun if r.plan.server == name),
-                *self.store.remediations(name, limit=_HISTORY),
-            ],
-            limits=self.limits,
-            paused_until_ms=wishes.paused_until_ms,
-            resumed_at_ms=wishes.resumed_at_ms,
-            started_at_ms=self.parts.started_at_ms,
-            jumped_at_ms=self.jumped_at_ms,
-            now_ms=now_ms,
-        )
-
-    def _server_of(self, alert: Alert, states: Mapping[str, ServerState]) -> ServerState | None:
-        """The server that an alert speaks of: by its label, or the only one there is."""
-        name = alert.labels.get("server")
-        if name:
-            return states.get(name)
-        return next(iter(states.values())) if len(states) == 1 else None
-
-    def _advance(
-        self, judged: _Judged, live: Iterable[Remediation], wishes: remediation.Wishes, now_ms: int
-    ) -> tuple[list[Remediation], list[tuple[Remediation, Step]]]:
-        """Every live remediation one cycle further, and what to ask of the servers."""
-        advanced, asks = [], []
-        for present in live:
-            moved, step = remediation.advance(present, self._seen(present, judged, wishes, now_ms), now_ms)
-            advanced.append(moved)
-            if step:
-                asks.append((moved, step))
-        return advanced, asks
-
-    def _seen(
-        self, r: Remediation, judged: _Judged, wishes: remediation.Wishes, now_ms: int
-    ) -> remediation.Seen:
-        word, by = wishes.words.get(r.plan.id, ("", ""))
-        server = judged.servers.get(r.plan.server)
-        if server is None or (r.plan.server not in self.parts.supervisors and not r.plan.dry_run):
-            word, by = "abort", "configuration"
-        return remediation.Seen(
-            server=server or servers.unseen(r.plan.server, now_ms),
-            alert_firing=any(
-                a.identity == (r.plan.alert, r.plan.alert_labels) for a in judged.verdict.firing
-            ),
-            paused=wishes.paused_until_ms is not None and now_ms < wishes.paused_until_ms,
-            word=word,
-            by=by,
-            approval_expires_ms=self.settings.remediation.approval_expires,
-        )
-
-    def _act(self, asks: Iterable[tuple[Remediation, Step]], now_ms: int) -> None:
-        """Ask each step of its server; the intent is saved already."""
-        for r, step in asks:
-            try:
-                self.parts.supervisors[r.plan.server].do(step, since_ms=r.since_ms, now_ms=now_ms)
-                self.troubles.say(f"step {step.action} of {r.plan.id}", "")
-            except ServerError as error:
-                self.troubles.say(f"step {step.action} of {r.plan.id}", str(error))
-                if error.permanent:
-                    self._give_up(r, str(error), now_ms)
-            except Exception as error:  # noqa: BLE001
-                # An unexpected fault in a hand: touch this server no more until a person has looked.
-                self.troubles.bug(f"step {step.action} of {r.plan.id}", error)
-                self._give_up(r, f"internal error: {error!r}", now_ms)
-
-    def _give_up(self, r: Remediation, detail: str, now_ms: int) -> None:
-        failed = remediation.refused(r, detail, now_ms)
-        message = notify.about_remediation(failed, self.settings.host, now_ms)
-        rows = notify.outbox([message], self.parts.notifiers, now_ms)
-        self.store.save(Changes(remediations=[failed], notifications=rows), now_ms)
+            is_asked = self.healing.wants_canary(server.name)
+            probe.ask([*progress.wants, CANARY] if is_asked else progress.wants)
 
     # -- tell ------------------------------------------------------------------------------------
 
@@ -494,13 +419,8 @@ class Cycle:
         if given:
             self.store.append(target, now_ms, [s.labels for s in given], [s.value for s in given])
 
-    def _report(
-        self,
-        judged: _Judged,
-        advanced: Sequence[Remediation],
-        refusals: Sequence[Refusal],
-        now_ms: int,
-    ) -> Report:
+    def _report(self, judged: _Judged, turn: Turn, now_ms: int) -> Report:
+        advanced, refusals = turn.remediations, turn.refusals
         before = {r.plan.id: r.phase for r in self.last_report.remediations}
         for line in notify.log_lines(judged.verdict.transitions, advanced, before):
             log.info(line)

@@ -19,7 +19,9 @@ def become(config: Path | None, recording: Path | None, speed: float, log_level:
         "speed": speed,
         "log_level": log_level,
     }
-    os.execv(sys.executable, [sys.executable, "-m", "gpuwatch.daemon", json.dumps(given)])  # noqa: S606
+    # Commands that it runs, such as the one that gathers evidence, read the same settings.
+    env = os.environ | ({"GPUWATCH_CONFIG": str(config.absolute())} if config else {})
+    os.execve(sys.executable, [sys.executable, "-m", "gpuwatch.daemon", json.dumps(given)], env)  # noqa: S606
 
 
 def main() -> None:

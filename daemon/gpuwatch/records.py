@@ -10,7 +10,7 @@ import enum
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Self
+from typing import Any, Final, Self, TypeAlias
 
 # Prometheus' staleness marker: the NaN with this payload ends a series at once.
 _STALE_BITS: Final = b"\x02\x00\x00\x00\x00\x00\xf0\x7f"
@@ -283,6 +283,33 @@ class ServerStart:
     failure: str = ""  # its class, also of a process that failed after it was healthy
     facts: Mapping[str, str] = field(default_factory=dict)
     lines: tuple[str, ...] = ()  # what of the log said it
+    revision: int | None = None  # of its settings, where gpuwatch keeps them
+
+
+Argument: TypeAlias = Any
+"""The value of one of vLLM's options as JSON has it: a truth, a number, a text, a list, a mapping."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revision:
+    """One set of a server's arguments; a row and a file, never changed once made.
+
+    `arguments` by vLLM's long option name with underscores (`max_model_len`); `by` is who made it, `gpuwatch`
+    or a person; `why` is a sentence of theirs, or the code of the cure; `parent` is what it was made from.
+    """
+
+    server: str
+    number: int  # counts from 1
+    arguments: Mapping[str, Argument]
+    created_at_ms: int
+    by: str
+    why: str = ""
+    parent: int | None = None
+
+
+IS_PAUSED: Final = "is_paused"
+CANARY: Final = "canary"
+"""What a server may be asked where its metrics leave a doubt: whether it is paused, and for one token."""
 
 
 class Mode(enum.StrEnum):
@@ -293,17 +320,39 @@ class Mode(enum.StrEnum):
     AUTO = "auto"
 
 
+class ActionClass(enum.StrEnum):
+    """What an action costs those who use the server: what is allowed by itself differs by it."""
+
+    REVERSIBLE = "reversible"  # lapses or is lifted; no request is lost
+    RESTART = "restart"  # the same server anew
+    RECONFIGURE = "reconfigure"  # anew with other arguments
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One thing to do to a server: data, not code. `within_ms` is its deadline."""
 
     action: str
     within_ms: int
+    args: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Considered:
+    """An option that was looked at: `code` says why it was not taken, or `chosen`."""
+
+    option: str
+    code: str
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is to be done, why, and how it is proved; never changed once made."""
+    """What is to be done, why, and how it is proved; never changed once made.
+
+    `undo` takes back what the steps did, as far as they came. `before` and `after` are revisions, of a plan
+    that changes arguments. `signals` are what was seen when it was made; `by` is who asked, if a person.
+    """
 
     id: str
     server: str
@@ -314,6 +363,14 @@ class Plan:
     mode: Mode
     dry_run: bool
     policy: str
+    kind: ActionClass = ActionClass.RESTART
+    actions: tuple[str, ...] = ()  # that the steps are made of, as policies name them
+    undo: tuple[Step, ...] = ()
+    before: int | None = None
+    after: int | None = None
+    considered: tuple[Considered, ...] = ()
+    signals: Mapping[str, str] = field(default_factory=dict)
+    by: str = ""
 
 
 class Phase(enum.StrEnum):
@@ -323,20 +380,26 @@ class Phase(enum.StrEnum):
     AWAITING_APPROVAL = "awaiting_approval"
     APPLYING = "applying"
     VERIFYING = "verifying"
+    ROLLING_BACK = "rolling_back"
     SUCCEEDED = "succeeded"
+    ROLLED_BACK = "rolled_back"  # it did not help, and the server serves as it did before
     FAILED = "failed"
     ABORTED = "aborted"
     REHEARSED = "rehearsed"  # a dry run: all was decided, nothing was touched
 
 
-LIVE_PHASES: Final = frozenset({Phase.PLANNED, Phase.AWAITING_APPROVAL, Phase.APPLYING, Phase.VERIFYING})
+LIVE_PHASES: Final = frozenset(
+    {Phase.PLANNED, Phase.AWAITING_APPROVAL, Phase.APPLYING, Phase.VERIFYING, Phase.ROLLING_BACK}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remediation:
-    """A plan on its way. `asked_at_ms` is when the present step was first asked of the server.
+    """A plan on its way. `asked_at_ms` is when it first touched the server.
 
-    `outcome` is a code and `facts` its figures; `notify.wording` makes the words.
+    `step_index` counts in `plan.steps`, and in `plan.undo` while it is rolled back; `since_ms` is when the
+    present step, or the phase, began. `outcome` is a code and `facts` its figures; `notify.wording` makes the
+    words. `heard` is what the present step was answered. `account` is what it cost and gave, at its end.
     """
 
     plan: Plan
@@ -348,6 +411,56 @@ class Remediation:
     good_since_ms: int | None = None  # while verifying: since when all has been well
     outcome: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
+    heard: Mapping[str, str] = field(default_factory=dict)
+    account: Mapping[str, float] = field(default_factory=dict)
+
+
+class ErrandPhase(enum.StrEnum):
+    """How far a command has come that takes longer than one call."""
+
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Errand:
+    """A command that runs beside the daemon and outlives it. `detail` is why it failed, or its last line."""
+
+    phase: ErrandPhase
+    began_at_ms: int
+    detail: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sight:
+    """What can be seen of a server for the steps of a remediation; None where it cannot be told.
+
+    `in_flight` counts requests in the API, by the doors of its guests; `gpu_holders` are processes of the
+    server, also those that outlived it, that NVML lists on a GPU; `errands` by `PLAN_ID-STEP`.
+    """
+
+    requests_running: int | None = None
+    requests_waiting: int | None = None
+    in_flight: int | None = None
+    doors: int = 0  # API processes whose guest has a door
+    guests: int = 0  # processes whose guest answers
+    admission_limit: int | None = None  # in force now; None: none
+    running_limit: int | None = None
+    processes: int | None = None  # of the server, that live
+    gpu_holders: int | None = None
+    free_bytes: Mapping[str, int] = field(default_factory=dict)  # of each GPU that the server uses
+    total_bytes: Mapping[str, int] = field(default_factory=dict)
+    free_steady_since_ms: int | None = None
+    others_growing: bool | None = None  # whether a process that is not the server's takes more and more
+    asleep: bool = False
+    verdict: str = ""  # of `server_progress`
+    canary_ok_at_ms: int | None = None  # when a request for one token was answered last
+    tokens_per_s: float | None = None
+    start: ServerStart | None = None  # the last
+    revision: int | None = None  # that the next start will read
+    errands: Mapping[str, Errand] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -363,6 +476,7 @@ class Refusal:
     code: str
     facts: Mapping[str, str] = field(default_factory=dict)
     steps: tuple[str, ...] = ()  # what the policy would have had done
+    considered: tuple[Considered, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from gpuwatch import notify, remote_write, servers
-from gpuwatch.records import Labels
+from gpuwatch import notify, remediation, remote_write, servers
+from gpuwatch.records import Labels, Sample
 from gpuwatch.remote_write import RemoteWriteError
 from gpuwatch.store import Changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from gpuwatch.records import Sample, Scrape
+    from gpuwatch.records import Scrape
     from gpuwatch.remote_write import RemoteWriter, WriterState
     from gpuwatch.store import Store
     from gpuwatch.troubles import Troubles
@@ -59,6 +60,7 @@ class Upkeep:
     append: Callable[[str, Sequence[Sample], int], None]
     troubles: Troubles
     jitter: Callable[[], float]
+    hands: Mapping[str, servers.Hands] = field(default_factory=dict)
 
     def jobs(self) -> list[Job]:
         """The schedule as data."""
@@ -77,12 +79,22 @@ class Upkeep:
         if state is None:
             return
         watch = self.starts[name]
-        start = watch.look(state, self.store.starts(name, limit=2), now_ms)
+        known = self.store.starts(name, limit=2)
+        revision = self.hands[name].revision() if name in self.hands else None
+        start = watch.look(state, known, now_ms)
         self.troubles.say(f"log of {name}", watch.trouble)
         if start:
+            if not known or start.began_at_ms > known[0].began_at_ms:
+                start = dataclasses.replace(start, revision=revision)
             self.store.save(Changes(starts=[start]), None)
-        known = self.store.starts(name, limit=2)
-        self.append(f"start:{name}", servers.start_samples(known, now_ms), now_ms)
+        samples = servers.start_samples(self.store.starts(name, limit=2), now_ms)
+        wanted = remediation.Wishes.of(self.store.settings()).wanted.get(name)
+        if any(r.plan.by and r.plan.server == name for r in self.store.live_remediations()):
+            wanted = None  # it is on its way
+        for metric, number in (("server_revision", revision), ("server_wanted_revision", wanted)):
+            if number is not None:
+                samples.append(Sample(Labels.of(metric, server=name), now_ms, float(number)))
+        self.append(f"start:{name}", samples, now_ms)
 
     def prune(self, now_ms: int) -> None:
         """Delete what is older than the settings keep, and give up news that is a day old."""

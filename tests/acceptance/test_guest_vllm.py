@@ -344,6 +344,32 @@ def test_clients_that_hang_up_are_no_more_in_flight(limited):
     wait_for(lambda: limited.engine()["waiting"] == 0)
 
 
+def test_aborted_streams_end_cleanly_and_the_server_goes_on_serving(limited):
+    asked = [stream(max_tokens=900), stream(max_tokens=900), stream(max_tokens=900, n=2, temperature=1)]
+    streams = [(line for line in one.iter_lines() if line) for one in asked]
+    begun = [next(one) for one in streams]
+    assert all(b'"finish_reason":null' in line for line in begun)
+    assert limited.ask("api_server", "abort")["aborted"] == 3
+    for one, answers in zip(streams, (1, 1, 2), strict=True):
+        *pieces, usage, end = [line.removeprefix(b"data: ") for line in one]
+        reasons = [json.loads(piece)["choices"][0]["finish_reason"] for piece in pieces]
+        assert (reasons.count("abort"), set(reasons), end) == (answers, {*reasons[:1], "abort"}, b"[DONE]")
+        assert 0 < json.loads(usage)["usage"]["completion_tokens"] < 900 * answers
+    wait_for(lambda: limited.engine()["running"] == 0 == limited.door()["in_flight"])
+    assert limited.ask("api_server", "abort")["aborted"] == 0
+    assert complete(5) == 5
+
+
+def test_requests_that_wait_in_the_engine_are_aborted_too(limited):
+    limited.limit("--running", "0")
+    streams = [stream(max_tokens=900) for _ in range(3)]
+    wait_for(lambda: limited.engine()["waiting"] == 3)
+    assert limited.ask("api_server", "abort")["aborted"] == 3
+    for one in streams:
+        assert [line for line in one.iter_lines() if line][-1] == b"data: [DONE]"
+    wait_for(lambda: limited.engine()["waiting"] == 0)
+
+
 def test_a_pause_is_known_while_the_engine_is_in_it(limited):
     assert limited.engine()["paused"] is False
     assert requests.post(f"{URL}/pause?mode=keep", timeout=20).status_code == 200

@@ -186,6 +186,17 @@ class Gpuwatch:
     def restart(self, since_ms, unit=UNIT):
         return self.ask("restart", unit, since_ms)
 
+    def until(self, action, question, unit=UNIT):
+        """Ask for a step until this is so of what is seen; gives back since when it was wished."""
+        since_ms = now_ms()
+
+        def is_so():
+            assert self.ask(action, unit, since_ms) == {}
+            return question(self.observe(unit))
+
+        wait_until(is_so)
+        return since_ms
+
     def close(self):
         self.process.stdin.close()
         self.process.wait(10)
@@ -305,6 +316,107 @@ def test_a_unit_that_waits_for_its_own_restart_is_left_to_systemd(standin, gpuwa
     assert gpuwatch.restart(now_ms(), "looping.service") == {}
     assert gpuwatch.observe("looping.service")["phase"] == "auto-restart"
     standin.run("systemctl", "stop", "looping.service")
+
+
+def test_a_stop_and_a_start_are_steps_of_their_own(standin, gpuwatch):
+    old = gpuwatch.observe()
+    gpuwatch.until("stop", lambda seen: seen["phase"] == "inactive")
+    stopped = gpuwatch.observe()
+    assert (stopped["stop_asked"], stopped["pid"]) == (True, None)
+    since_ms = gpuwatch.until("start", lambda seen: seen["phase"] == "active")
+    new = gpuwatch.observe()
+    for _ in range(5):
+        assert gpuwatch.ask("start", UNIT, since_ms) == {}
+    wait_until(standin.is_healthy)
+    assert gpuwatch.observe() == new
+    assert new["pid"] not in {old["pid"], None}
+    assert (new["started_at_ms"] >= since_ms, new["stop_asked"]) == (True, False)
+
+
+def test_a_gpuwatch_that_was_killed_between_stop_and_start_leaves_the_start_to_the_next(standin, gpuwatch):
+    gpuwatch.until("stop", lambda seen: seen["phase"] == "inactive")
+    gpuwatch.process.kill()
+    following = Gpuwatch(standin)
+    following.until("start", lambda seen: seen["phase"] == "active")
+    wait_until(standin.is_healthy)
+    following.close()
+
+
+def test_a_start_leaves_a_unit_that_runs_as_it_is(gpuwatch):
+    before = gpuwatch.observe()
+    assert gpuwatch.ask("start", UNIT, now_ms()) == {}
+    assert gpuwatch.observe() == before
+
+
+def test_a_stop_ends_a_units_own_restarts_too(standin, gpuwatch):
+    unit = standin.root / "etc/systemd/system/looping.service"
+    unit.write_text("[Service]\nType=exec\nExecStart=/bin/true\nRestart=always\nRestartSec=1h\n")
+    standin.run("systemctl", "daemon-reload")
+    standin.run("systemctl", "start", "looping.service")
+    wait_until(lambda: gpuwatch.observe("looping.service")["phase"] == "auto-restart")
+    gpuwatch.until("stop", lambda seen: seen["phase"] == "inactive", "looping.service")
+
+
+def test_a_unit_that_systemd_forgets_when_it_is_stopped_is_started_again(standin, gpuwatch):
+    unit = standin.root / "etc/systemd/system/forgotten.service"
+    unit.write_text("[Service]\nType=exec\nExecStart=/bin/sleep 600\n")
+    standin.run("systemctl", "daemon-reload")
+    standin.run("systemctl", "restart", "forgotten.service")
+    gpuwatch.until("stop", lambda seen: seen["phase"] == "inactive", "forgotten.service")
+    gpuwatch.until("start", lambda seen: seen["phase"] == "active", "forgotten.service")
+    standin.run("systemctl", "stop", "forgotten.service")
+
+
+# What the polkit rule allows the daemon's user, and what not.
+
+
+def ask_systemd(box, method, *arguments):
+    """What the manager answers to that user: empty, or its refusal."""
+    manager = ("org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager")
+    busctl = ("busctl", "--allow-interactive-authorization=no", "--quiet", "call", *manager)
+    return box.run("runuser", "-u", "gpuwatch", "--", *busctl, method, *arguments, check=False)
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("RestartUnit", ("ss", UNIT, "replace")),
+        ("StopUnit", ("ss", UNIT, "replace")),
+        ("ResetFailedUnit", ("s", UNIT)),
+    ],
+)
+def test_the_rule_allows(standin, method, arguments):
+    assert ask_systemd(standin, method, *arguments) == ""
+
+
+TRANSIENT = ("1", "ExecStart", "a(sasb)", "1", "/usr/bin/id", "1", "/usr/bin/id", "false", "0")
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("StartUnit", ("ss", UNIT, "replace")),
+        ("ReloadUnit", ("ss", UNIT, "replace")),
+        ("RestartUnit", ("ss", "dbus.service", "replace")),
+        ("StopUnit", ("ss", "gpuwatch.service", "replace")),
+        ("StopUnit", ("ss", f"a{UNIT}", "replace")),
+        ("StartTransientUnit", ("ssa(sv)a(sa(sv))", UNIT, "replace", *TRANSIENT)),
+        (
+            "StartTransientUnit",
+            ("ssa(sv)a(sa(sv))", "masked.service", "replace", *TRANSIENT),
+        ),  # named, no file
+        ("StartTransientUnit", ("ssa(sv)a(sa(sv))", "evil.service", "replace", *TRANSIENT)),
+        ("SetUnitProperties", ("sba(sv)", UNIT, "true", "1", "MemoryMax", "t", "1000000")),
+        ("KillUnit", ("ssi", UNIT, "all", "9")),
+        ("DisableUnitFiles", ("asb", "1", UNIT, "false")),
+        ("Reload", ()),
+    ],
+)
+def test_the_rule_refuses(standin, method, arguments):
+    before = standin.show(UNIT, "MainPID")
+    answer = ask_systemd(standin, method, *arguments)
+    assert re.search("authentication required|Access denied", answer), answer
+    assert standin.show(UNIT, "MainPID") == before
 
 
 def test_a_bus_that_was_restarted_is_met_again(standin, gpuwatch):

@@ -9,6 +9,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from tests.fake_docker import FakeDocker
 
 from gpuwatch.config import ProcessSettings, ServerSettings, SupervisorSettings
 from gpuwatch.errors import ServerError
@@ -21,6 +22,7 @@ from gpuwatch.servers import (
     session,
     supervisor_of,
 )
+from gpuwatch.servers.docker import DockerSupervisor, Engine, Target
 
 STANDIN = Path(__file__).parents[1] / "standin_vllm.py"
 RESTART = Step(action="restart", within_ms=60_000)
@@ -78,6 +80,22 @@ class Host:
             return (self.observe().started_at_ms or 0) >= since_ms
 
         self.when(is_new)
+        return since_ms
+
+    def ask(self, action, since_ms):
+        self.now_ms += 1_000
+        self.supervisor.do(Step(action=action, within_ms=60_000), since_ms=since_ms, now_ms=self.now_ms)
+
+    def until(self, action, question):
+        """Ask for a step every cycle until this is so; gives back since when it was wished."""
+        self.now_ms += 1_000
+        self.since_ms = since_ms = self.now_ms
+
+        def is_so():
+            self.ask(action, since_ms)
+            return question()
+
+        wait_until(is_so)
         return since_ms
 
     def when(self, question):
@@ -141,7 +159,7 @@ def host(host_of):
 
 
 def test_each_kind_of_supervisor_is_registered():
-    assert set(SUPERVISORS) == {"process", "systemd"}
+    assert set(SUPERVISORS) == {"docker", "process", "systemd"}
 
 
 def test_settings_choose_the_supervisor(tmp_path):
@@ -382,9 +400,180 @@ def test_two_gpuwatches_take_turns(host):
 
 @pytest.mark.parametrize("make", [lambda _: SystemdSupervisor("vllm.service"), lambda h: h.supervisor])
 def test_an_unknown_step_is_refused_for_good(make, host):
-    with pytest.raises(ServerError, match="knows only restart") as error:
+    with pytest.raises(ServerError, match="knows only restart, stop, start") as error:
         make(host).do(Step(action="dance", within_ms=1), since_ms=0, now_ms=0)
     assert error.value.permanent
+
+
+def test_a_start_waits_for_what_is_left_of_the_last_one(host):
+    old = host.start()
+    engine = host.engine_pid()
+    os.kill(old.pid, signal.SIGKILL)
+    host.when(host.is_gone)
+    since_ms = host.now_ms = host.now_ms + 1_000
+    with pytest.raises(ServerError, match=rf"processes \[{engine}\] of the last one still run") as error:
+        host.ask("start", since_ms)
+    assert not error.value.permanent
+    host.until("stop", lambda: not host.members())
+    host.until("start", host.is_healthy)
+
+
+def test_a_stop_that_was_swallowed_is_taken_back_by_a_start(host_of):
+    host = host_of("--ignore-term")
+    pid = host.start().pid
+    since_ms = host.now_ms = host.now_ms + 1_000
+    host.ask("stop", since_ms)
+    host.now_ms += 3_600_000
+    host.ask("start", since_ms)
+    seen = host.observe()
+    assert (seen.phase, seen.stop_asked, seen.pid) == (ACTIVE, False, pid)
+
+
+# What holds of stop and start as steps of their own, over every supervisor; of systemd in the box.
+
+
+class Container(Host):
+    """The same stand-in in a container of an engine that behaves; its clock is the world's."""
+
+    def __init__(self, folder, *options):
+        self.engine = FakeDocker(folder / "docker.sock").up()
+        command = [sys.executable, str(STANDIN), "--port", "0", "--port-file", "port", *options]
+        env = {"PATH": os.environ["PATH"], "GPUWATCH_TEST": str(folder)}
+        self.container = self.engine.container("vllm", command, env=env, cwd=folder)
+        super().__init__(folder, *options)
+        self.stop_timeout_ms = 1_000
+
+    @property
+    def now_ms(self):
+        return time.time_ns() // 1_000_000
+
+    @now_ms.setter
+    def now_ms(self, _):
+        """Time passes by itself."""
+
+    def new_supervisor(self, **changes):
+        target, engine = Target("vllm"), Engine(self.folder / "docker.sock")
+        return DockerSupervisor(target, engine, stop_timeout_ms=getattr(self, "stop_timeout_ms", 5_000))
+
+    def start(self):
+        (self.folder / "port").unlink(missing_ok=True)
+        self.container.start()
+        return self.when(self.is_healthy)
+
+    def clean_up(self):
+        self.container.policy = "no"
+        super().clean_up()
+        self.engine.down()
+
+
+@pytest.fixture(params=[Host, Container])
+def any_of(request, tmp_path):
+    hosts = []
+
+    def make(*options):
+        host = request.param(tmp_path, *options)
+        if request.param is Host:
+            host.supervisor.env = {**host.supervisor.env, "GPUWATCH_TEST": str(tmp_path)}
+        hosts.append(host)
+        return host
+
+    yield make
+    for host in hosts:
+        host.clean_up()
+
+
+@pytest.fixture
+def any_host(any_of):
+    return any_of()
+
+
+def test_a_stop_leaves_nothing_running_and_is_seen_as_asked_for(any_host):
+    any_host.start()
+    any_host.until("stop", any_host.is_gone)
+    seen = any_host.observe()
+    assert (seen.phase, seen.stop_asked, seen.pid) == (INACTIVE, True, None)
+    assert any_host.members() == []
+
+
+def test_while_a_stop_is_under_way_the_server_is_deactivating(any_of):
+    host = any_of("--ignore-term")
+    host.start()
+    host.ask("stop", host.now_ms)
+    wait_until(lambda: host.observe().stop_asked)
+    assert host.observe().phase is DEACTIVATING
+
+
+def test_a_server_that_ignores_a_stop_is_killed_with_all_its_processes(any_of):
+    host = any_of("--ignore-term")
+    host.start()
+    host.until("stop", host.is_gone)
+    assert host.members() == []
+
+
+def test_a_stop_that_is_asked_again_does_nothing_to_a_server_that_was_stopped(any_host):
+    any_host.start()
+    since_ms = any_host.until("stop", any_host.is_gone)
+    before = any_host.observe()
+    for _ in range(5):
+        any_host.ask("stop", since_ms)
+    assert any_host.observe() == before
+
+
+def test_a_start_brings_one_new_process_however_often_it_is_asked(any_host):
+    old = any_host.start()
+    any_host.until("stop", any_host.is_gone)
+    (any_host.folder / "port").unlink()
+    since_ms = any_host.until("start", any_host.is_healthy)
+    new = any_host.observe()
+    for _ in range(5):
+        any_host.ask("start", since_ms)
+    assert any_host.observe() == new
+    assert (new.phase, new.stop_asked, new.pid != old.pid) == (ACTIVE, False, True)
+    assert new.started_at_ms >= since_ms
+    assert len(any_host.members()) == 2
+
+
+def test_a_start_that_died_again_is_not_repeated(any_host):
+    any_host.start()
+    any_host.until("stop", any_host.is_gone)
+    (any_host.folder / "port").unlink()
+    since_ms = any_host.until("start", any_host.is_healthy)
+    os.kill(any_host.observe().pid, signal.SIGKILL)
+    any_host.when(any_host.is_gone)
+    for _ in range(5):
+        any_host.ask("start", since_ms)
+    seen = any_host.observe()
+    assert (seen.phase, seen.stop_asked, seen.pid) == (FAILED, False, None)
+
+
+def test_a_start_leaves_a_server_that_runs_as_it_is(any_host):
+    before = any_host.start()
+    for _ in range(3):
+        any_host.ask("start", any_host.now_ms + 1)
+    assert any_host.observe() == before
+
+
+def test_a_daemon_that_died_between_stop_and_start_goes_on_with_either(any_host):
+    any_host.start()
+    since_ms = any_host.until("stop", any_host.is_gone)
+    env = getattr(any_host.supervisor, "env", None)
+    any_host.supervisor = any_host.new_supervisor(**({"env": env} if env else {}))
+    any_host.ask("stop", since_ms)
+    assert (any_host.observe().phase, any_host.observe().stop_asked) == (INACTIVE, True)
+    (any_host.folder / "port").unlink()
+    any_host.until("start", any_host.is_healthy)
+    assert any_host.observe().stop_asked is False
+
+
+def test_a_restart_is_a_stop_and_a_start_of_one_wish(any_host):
+    old = any_host.start()
+    (any_host.folder / "port").unlink()
+    since_ms = any_host.until("restart", lambda: (any_host.observe().started_at_ms or 0) >= any_host.since_ms)
+    new = any_host.when(any_host.is_healthy)
+    assert (new.phase, new.stop_asked, new.pid != old.pid) == (ACTIVE, False, True)
+    for _ in range(5):
+        any_host.ask("restart", since_ms)
+    assert any_host.observe() == new
 
 
 def test_a_host_without_a_system_bus_is_a_passing_fault_with_a_cure(tmp_path):

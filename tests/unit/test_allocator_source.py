@@ -318,6 +318,7 @@ def test_limits_and_requests_that_a_guest_tells_are_its_servers(tmp_path):
         figures = read(AllocatorSource(tmp_path, FakeNvml(), server_of(os.getpid())))
         told = {name: value for name, value in figures.items() if name.startswith("server_")}
         assert told == {
+            "server_guests": 1,  # and one door
             "server_requests_in_flight": 3,
             "server_admission_refused_total": 1,
             "server_limit": 4,
@@ -352,6 +353,8 @@ def test_api_processes_share_one_door():
         'server_requests_in_flight{server="qwen",source="admission"}': 5,
         'server_admission_refused_total{server="qwen"}': 6,
         'server_limit{limit="admission",server="qwen"}': 7,
+        'server_guests{part="guest",server="qwen"}': 3,
+        'server_guests{part="door",server="qwen"}': 2,
     }
 
 
@@ -369,11 +372,16 @@ def test_of_several_engines_the_lowest_limit_is_told_and_a_pause_of_any():
         'server_limit{limit="running",server="qwen"}': 2,
         'server_limit{limit="tokens",server="qwen"}': 512,
         'server_guest_paused{server="qwen"}': 1,
+        'server_guests{part="guest",server="qwen"}': 2,
+        'server_guests{part="door",server="qwen"}': 0,
     }
 
 
 def test_what_a_guest_cannot_know_is_no_sample():
-    assert series(told(engine=Engine())) == {}
+    assert series(told(engine=Engine())) == {
+        'server_guests{part="guest",server="qwen"}': 1,
+        'server_guests{part="door",server="qwen"}': 0,
+    }
 
 
 # -- out of memory -------------------------------------------------------------------------------------------

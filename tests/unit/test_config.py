@@ -55,7 +55,7 @@ CASES = {
     ),
     "a supervisor is one thing": (
         "servers:\n  - name: a\n    supervisor: {}\n",
-        ["3: servers[0].supervisor: needs exactly one of systemd, process"],
+        ["3: servers[0].supervisor: needs exactly one of systemd, process, docker"],
     ),
     "a receiver is one thing": (
         "receivers:\n  - name: a\n",
@@ -63,7 +63,7 @@ CASES = {
     ),
     "a step that nobody knows is refused": (
         "policies:\n  - {name: p, match: {}, steps: [reboot]}\n",
-        ["2: policies[0].steps: unknown step 'reboot'; known: restart"],
+        [f"2: policies[0].steps: unknown step 'reboot'; known: {', '.join(config.ACTIONS)}"],
     ),
     "all mistakes come at once": (
         "lang: fr\nservers:\n  - name: a b\n    url: ftp://x\n",
@@ -109,7 +109,8 @@ def test_a_missing_file_is_told_by_name(tmp_path):
 def test_an_empty_file_gives_the_defaults(tmp_path):
     settings = load(tmp_path, "")
     assert settings.remediation.mode is Mode.OBSERVE
-    assert [policy.name for policy in settings.policies] == ["restart", "tell"]
+    names = [policy.name for policy in settings.policies]
+    assert names == ["restart", "reconfigure", "return", "limit", "tell"]
 
 
 def test_no_setting_touches_a_server_unless_it_says_so():

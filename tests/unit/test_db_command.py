@@ -79,7 +79,7 @@ def test_info_says_how_large_the_files_are_and_what_is_in_them(folder):
     found = db(folder, "info", "--json")
     metrics, state = json.loads(found.output)
     assert metrics["path"] == str(folder / METRICS_DB)
-    assert (metrics["schema"], state["schema"]) == (1, 2)
+    assert (metrics["schema"], state["schema"]) == (1, 3)
     assert metrics["rows"]["count"] == 120
     assert (metrics["rows"]["first_ms"], metrics["rows"]["last_ms"]) == (
         NOW_MS + 2 * HOUR_MS,

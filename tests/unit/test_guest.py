@@ -124,7 +124,7 @@ def test_stacks_show_where_a_main_thread_hangs(tmp_path):
 
 
 def test_a_question_that_it_does_not_know_is_refused_by_name(tmp_path):
-    known = "no more than figures, snapshot, stacks, release, limit"
+    known = "no more than figures, snapshot, stacks, release, limit, abort"
     with Program(tmp_path) as program, pytest.raises(client.GuestError, match=known):
         program.ask("exit")
 
@@ -788,6 +788,103 @@ def test_the_door_is_limited_by_the_socket_and_tells_its_count(tmp_path):
         wait_for(lambda: program.ask()["admission"]["limit"] is None)
 
 
+# -- the requests in flight --------------------------------------------------------------------------------
+
+VLLM_API = """
+import asyncio, threading
+from types import SimpleNamespace
+import gpuwatch.guest.admission as a
+
+class Engine:
+    def __init__(self, states, parents=()):
+        self.asked = []
+        self.output_processor = SimpleNamespace(request_states=dict.fromkeys(states))
+        if parents:
+            self.output_processor.parent_requests = {{
+                name: SimpleNamespace(child_requests=set(children)) for name, children in parents}}
+        self.output_handler = asyncio.get_running_loop().create_task(asyncio.sleep(1000))
+    async def abort(self, request_id{takes}):
+        self.asked.append((sorted(request_id), {given}, threading.current_thread().name))
+        if not request_id: raise AssertionError
+        self.output_processor.request_states.clear()
+        self.output_processor.parent_requests = {{}}
+
+class App: pass
+
+async def nothing(*_): pass
+
+async def serve():
+    global app
+    app = App()
+    app.state = SimpleNamespace(engine_client=Engine({requests}))
+    await a.Admission(nothing)({{"type": "lifespan", "app": app}}, None, None)
+    threading.Event.set(up)
+    await asyncio.sleep(1000)
+
+up = threading.Event()
+threading.Thread(target=lambda: asyncio.run(serve()), name="api", daemon=True).start()
+up.wait()
+"""
+
+
+def api(requests, takes=", internal=False", given="internal"):
+    return VLLM_API.format(requests=requests, takes=takes, given=given) + REGISTER
+
+
+def test_all_requests_in_flight_are_aborted_on_the_apis_own_loop(tmp_path):
+    with Program(tmp_path, api('["r1", "r2"]')) as program:
+        assert program.ask("abort")["aborted"] == 2
+        assert program.ask("abort")["aborted"] == 0
+        assert program.do("print(app.state.engine_client.asked)") == "[(['r1', 'r2'], True, 'api')]"
+
+
+def test_several_answers_of_one_request_are_aborted_by_their_parent(tmp_path):
+    with Program(tmp_path, api('["r1", "0_p", "1_p"], {"p": ["0_p", "1_p"]}.items()')) as program:
+        assert program.ask("abort")["aborted"] == 2
+        assert program.do("print(app.state.engine_client.asked[0][0])") == "['p', 'r1']"
+
+
+def test_a_vllm_whose_abort_knows_one_kind_of_name_is_told_no_other(tmp_path):
+    with Program(tmp_path, api('["r1"]', takes="", given="None")) as program:
+        assert program.ask("abort")["aborted"] == 1
+        assert program.do("print(app.state.engine_client.asked)") == "[(['r1'], None, 'api')]"
+
+
+NO_ENGINE = {
+    "no door": (REGISTER, "--middleware gpuwatch_guest.admission.Admission"),
+    "no request yet": (
+        "import gpuwatch.guest.admission as a\na.Admission(None)\n" + REGISTER,
+        "was seen here",
+    ),
+    "an application that is gone": (api('["r1"]') + "del app\n", "was seen here"),
+    "no engine client": (api('["r1"]') + "del app.state.engine_client\n", "was seen here"),
+    "another engine client": (
+        api('["r1"]') + "del app.state.engine_client.output_processor\n",
+        "no attribute",
+    ),
+    "an abort that fails": (
+        api('["r1"]') + "app.state.engine_client.abort = lambda ids: 1 / 0\n",
+        "ZeroDivision",
+    ),
+    "a loop that hangs": (
+        api('["r1"]')
+        + "import time\nloop = app.state.engine_client.output_handler.get_loop()\n"
+        + "loop.call_soon_threadsafe(time.sleep, 1000)\n",
+        "did not come to it within 0.4 s",
+    ),
+}
+
+
+@pytest.mark.parametrize(("script", "why"), NO_ENGINE.values(), ids=NO_ENGINE)
+def test_where_requests_cannot_be_aborted_the_reason_is_said_and_nothing_is_printed(tmp_path, script, why):
+    with Program(tmp_path, script) as program:
+        with pytest.raises(client.GuestError, match=why) as caught:
+            program.ask("abort")
+        assert caught.value.is_refusal
+        assert program.ask()["pid"] == program.pid
+        assert program.do("print(5)") == "5"
+
+
 # -- it is no harm -------------------------------------------------------------------------------------
 
 
@@ -883,7 +980,7 @@ def test_it_loads_nothing_but_the_standard_library(tmp_path):
     }
 
 
-PARTS = "admission allocator identity limits oom plugin scheduler stacks wire".split()
+PARTS = "abort admission allocator identity limits oom plugin scheduler stacks wire".split()
 SHOW_LOADED = "print(*(set(sys.modules) - before))"
 
 

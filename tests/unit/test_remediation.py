@@ -1,13 +1,12 @@
-"""The table, the blockers and the planner: whole state in, one event, whole state out."""
+"""The blockers and the planner: a whole situation in, a plan or a refusal out."""
 
 import dataclasses
-import itertools
 
 import pytest
 
 from gpuwatch import config, remediation
 from gpuwatch.records import (
-    LIVE_PHASES,
+    ActionClass,
     Alert,
     AlertState,
     Labels,
@@ -16,12 +15,15 @@ from gpuwatch.records import (
     Plan,
     Refusal,
     ServerPhase,
+    ServerStart,
     ServerState,
+    Sight,
+    StartOutcome,
     Step,
     SupervisorPhase,
     SupervisorState,
 )
-from gpuwatch.remediation import Event, Seen, Situation, machine
+from gpuwatch.remediation import Decision, Situation
 
 NOW = 1_800_000_000_000
 LIMITS = remediation.Limits(
@@ -31,6 +33,9 @@ LIMITS = remediation.Limits(
     verify_for_ms=30_000,
     step_within_ms=600_000,
     just_started_grace_ms=60_000,
+    cooldown_most_ms=3_600_000,
+    breaker_count=3,
+    breaker_per_ms=21_600_000,
 )
 ALERT = Alert(
     rule="VLLMDown",
@@ -53,7 +58,6 @@ def situation(**changes):
     whole = Situation(
         alert=ALERT,
         policy=RESTART,
-        dry_run=False,
         server=server(),
         has_supervisor=True,
         history=[],
@@ -81,19 +85,43 @@ def plan(mode=Mode.AUTO, dry_run=False):
     )
 
 
-def past(phase, at_ms, dry_run=False, asked=True):
-    begun = remediation.begin(plan(dry_run=dry_run), at_ms)
+def past(phase, at_ms, dry_run=False, asked=True, **of_plan):
+    begun = remediation.begin(dataclasses.replace(plan(dry_run=dry_run), **of_plan), at_ms)
     return dataclasses.replace(begun, phase=phase, asked_at_ms=at_ms if asked else None)
+
+
+def steps(*names, **more):
+    return config.Policy(name="mine", match={}, steps=list(names), **more)
+
+
+SERVING = server(ServerPhase.SERVING, SupervisorPhase.ACTIVE)
+UNHELPFUL = [past(Phase.ROLLED_BACK, NOW - 7_200_000 * n) for n in (1, 2, 3)]
+STARTED_BADLY = ServerStart(
+    server="m",
+    began_at_ms=NOW - 9000,
+    ended_at_ms=NOW - 1000,
+    outcome=StartOutcome.FAILED,
+    failure="kv_cache_too_small",
+)
 
 
 BLOCKED = [
     ("no_policy", {"policy": None}),
-    ("notify_only", {"policy": config.DEFAULT_POLICIES[1]}),
+    ("notify_only", {"policy": config.DEFAULT_POLICIES[-1]}),
     ("no_server", {"server": None}),
     ("under_way", {"history": [past(Phase.APPLYING, NOW - 1000)]}),
-    ("observe_mode", {"dry_run": True, "history": [past(Phase.REHEARSED, NOW - 1000, dry_run=True)]}),
+    ("under_way", {"history": [past(Phase.ROLLING_BACK, NOW - 1000)]}),
+    (
+        "observe_mode",
+        {
+            "policy": steps("restart", mode=Mode.OBSERVE),
+            "history": [past(Phase.REHEARSED, NOW - 1000, dry_run=True)],
+        },
+    ),
     ("paused", {"paused_until_ms": NOW + 1}),
     ("paused_open", {"paused_until_ms": remediation.FOREVER_MS}),
+    ("backlog_skipped", {"skip_until_ms": ALERT.active_at_ms + 1}),
+    ("breaker_open", {"all_history": UNHELPFUL, "limits": dataclasses.replace(LIMITS, breaker_count=3)}),
     ("no_supervisor", {"has_supervisor": False}),
     ("stopped_by_operator", {"server": server(ServerPhase.STOPPED)}),
     ("just_started", {"started_at_ms": NOW - 59_999}),
@@ -104,10 +132,33 @@ BLOCKED = [
     ("starting", {"server": server(supervisor=SupervisorPhase.ACTIVE, starting_since_ms=NOW - 1)}),
     ("starting", {"server": server(supervisor=SupervisorPhase.ACTIVATING)}),
     ("starting", {"server": server(supervisor=SupervisorPhase.DEACTIVATING)}),
-    ("failed_before", {"history": [past(Phase.FAILED, NOW - 86_400_000)]}),
-    ("cooling_down", {"history": [past(Phase.SUCCEEDED, NOW - 299_999)]}),
+    ("server_not_serving", {"policy": steps("release_cache")}),
+    ("no_guest", {"policy": steps("limit_admission", limit=4), "server": SERVING, "sight": Sight(guests=1)}),
+    ("no_guest", {"policy": steps("limit_running", limit=4), "server": SERVING}),
+    ("no_guest", {"policy": steps("release_cache"), "server": SERVING}),
+    ("load_unknown", {"policy": steps("limit_running"), "server": SERVING, "sight": Sight(guests=1)}),
+    (
+        "others_growing",
+        {
+            "policy": steps("release_cache"),
+            "server": SERVING,
+            "sight": Sight(guests=1, others_growing=True),
+        },
+    ),
+    ("others_unknown", {"policy": steps("release_cache"), "server": SERVING, "sight": Sight(guests=1)}),
+    ("no_revisions", {"policy": steps("reconfigure")}),
+    ("two_failures", {"history": UNHELPFUL[:2]}),
+    ("two_failures", {"history": [past(Phase.FAILED, NOW - 86_400_000 * n) for n in (1, 9)]}),
     ("budget_spent", {"history": [past(Phase.SUCCEEDED, NOW - n * 600_000) for n in (1, 2, 3)]}),
+    ("cooling_down", {"history": [past(Phase.SUCCEEDED, NOW - 299_999)]}),
+    ("would_fail_again", {"starts": [STARTED_BADLY]}),
 ]
+BLOCKER_OF = {
+    "observe_mode": "rehearsed",
+    "paused_open": "paused",
+    "others_unknown": "others_growing",
+    "would_fail_again": "no_cure",
+}
 
 
 @pytest.mark.parametrize(("code", "changes"), BLOCKED)
@@ -119,31 +170,79 @@ def test_each_blocker_blocks(code, changes):
 
 def test_every_blocker_has_a_case_above():
     named = {blocker.__name__ for blocker in remediation.BLOCKERS}
-    codes = {{"observe_mode": "rehearsed", "paused_open": "paused"}.get(code, code) for code, _ in BLOCKED}
-    assert named == codes
+    assert named == {BLOCKER_OF.get(code, code) for code, _ in BLOCKED}
+
+
+@pytest.mark.parametrize(("code", "changes"), BLOCKED)
+def test_a_refusal_tells_of_each_blocker_that_was_asked_up_to_the_one_that_blocks(code, changes):
+    decision = remediation.decide(situation(**changes), Mode.AUTO)
+    told = [c for c in decision.considered if c.option.startswith("blocker:")]
+    assert [c.code for c in told] == ["passed"] * (len(told) - 1) + [code]
+    assert told[-1].option == f"blocker:{BLOCKER_OF.get(code, code)}"
 
 
 def test_when_nothing_objects_there_is_a_plan():
     decision = remediation.decide(situation(), Mode.AUTO)
-    assert isinstance(decision, Plan)
-    assert [step.action for step in decision.steps] == ["restart"]
-    assert decision.mode is Mode.AUTO
+    assert isinstance(decision, Decision)
+    assert decision.revision is None
+    assert "start" in [step.action for step in decision.plan.steps]
+    assert (decision.plan.mode, decision.plan.kind) == (Mode.AUTO, ActionClass.RESTART)
+    assert (decision.plan.before, decision.plan.after, decision.plan.by) == (None, None, "")
+    asked = [c.option for c in decision.plan.considered if c.code == "passed"]
+    assert asked == [f"blocker:{blocker.__name__}" for blocker in remediation.BLOCKERS]
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"history": [past(Phase.SUCCEEDED, NOW - 300_000)]},  # the cooldown is over to the millisecond
-        {"history": [past(Phase.FAILED, NOW - 600_000)], "resumed_at_ms": NOW - 1},  # a person said go on
+        {"history": [past(Phase.FAILED, NOW - 600_000)]},  # one failure is none too many
+        {"history": UNHELPFUL, "all_history": UNHELPFUL, "resumed_at_ms": NOW - 1},  # a person said go on
         {
             "history": [past(Phase.ABORTED, NOW - 600_000 * n, asked=False) for n in (1, 2, 3)]
         },  # none was asked
         {"paused_until_ms": NOW},
         {"started_at_ms": NOW - 60_000},
+        {"skip_until_ms": ALERT.active_at_ms},  # it began when the person spoke
+        {"history": [past(Phase.FAILED, NOW - 7_200_000 * n, by="ann") for n in (1, 2)]},  # a person's own
+        {"all_history": [past(Phase.FAILED, NOW - 11_000_000 * n) for n in (1, 2, 3)]},  # too far apart
+        {"all_history": [past(Phase.FAILED, NOW - n, dry_run=True) for n in (1, 2, 3)]},  # only rehearsed
     ],
 )
 def test_what_no_longer_blocks(changes):
-    assert isinstance(remediation.decide(situation(**changes), Mode.AUTO), Plan)
+    assert isinstance(remediation.decide(situation(**changes), Mode.AUTO), Decision)
+
+
+def test_the_breaker_stays_open_until_a_person_resumes():
+    old = [past(Phase.FAILED, NOW - 30 * 86_400_000 - n) for n in (1, 2, 3)]
+    assert remediation.decide(situation(all_history=old), Mode.AUTO).code == "breaker_open"
+    resumed = situation(all_history=old, resumed_at_ms=NOW - 1)
+    assert isinstance(remediation.decide(resumed, Mode.AUTO), Decision)
+
+
+@pytest.mark.parametrize(("ended_before", "rest_ms"), [(1, 300_000), (2, 600_000), (3, 900_000)])
+def test_the_rest_doubles_with_each_remediation_of_the_span_up_to_its_most(ended_before, rest_ms):
+    limits = dataclasses.replace(LIMITS, budget_count=9, cooldown_most_ms=900_000)
+    for age_ms, blocked in ((rest_ms - 1, True), (rest_ms, False)):
+        history = [past(Phase.SUCCEEDED, NOW - age_ms - n) for n in range(ended_before)]
+        decision = remediation.decide(situation(history=history, limits=limits), Mode.AUTO)
+        assert isinstance(decision, Refusal) == blocked
+        assert not blocked or decision.code == "cooling_down"
+
+
+def test_what_is_reversible_and_what_restarts_have_budgets_of_their_own():
+    restarts = [past(Phase.SUCCEEDED, NOW - n * 600_000) for n in (1, 2, 3)]
+    capture = situation(policy=steps("capture"), history=restarts)
+    assert isinstance(remediation.decide(capture, Mode.AUTO), Decision)
+    light = [
+        dataclasses.replace(r, plan=dataclasses.replace(r.plan, kind=ActionClass.REVERSIBLE))
+        for r in restarts
+    ]
+    assert isinstance(remediation.decide(situation(history=light), Mode.AUTO), Decision)
+    assert (
+        remediation.decide(situation(policy=steps("capture"), history=light), Mode.AUTO).code
+        == "budget_spent"
+    )
 
 
 def test_a_blocker_that_raises_blocks():
@@ -162,100 +261,12 @@ def test_the_policy_is_the_first_whose_labels_match():
 
 def test_the_mode_of_a_policy_beats_the_general_one():
     careful = config.Policy(name="careful", match={}, steps=["restart"], mode=Mode.APPROVE)
-    assert remediation.decide(situation(policy=careful), Mode.AUTO).mode is Mode.APPROVE
+    assert remediation.decide(situation(policy=careful), Mode.AUTO).plan.mode is Mode.APPROVE
 
 
-def seen(state=None, **changes):
-    return Seen(
-        server=state or server(), **{"alert_firing": True, "approval_expires_ms": 1_800_000, **changes}
-    )
-
-
-def at(phase, since_ms=NOW, mode=Mode.AUTO, **more):
-    begun = remediation.begin(plan(mode), since_ms)
-    return dataclasses.replace(begun, phase=phase, since_ms=since_ms, **more)
-
-
-SERVING_ANEW = server(ServerPhase.SERVING, SupervisorPhase.ACTIVE, started_at_ms=NOW + 1)
-
-CASES = [  # (name, remediation, seen, after, phase, asks for a step)
-    ("auto acts at once", at(Phase.PLANNED), seen(), 0, Phase.APPLYING, True),
-    ("approve asks first", at(Phase.PLANNED, mode=Mode.APPROVE), seen(), 0, Phase.AWAITING_APPROVAL, False),
-    ("waits for a word", at(Phase.AWAITING_APPROVAL), seen(), 1000, Phase.AWAITING_APPROVAL, False),
-    ("approved", at(Phase.AWAITING_APPROVAL), seen(word="approved"), 1000, Phase.APPLYING, True),
-    ("denied", at(Phase.AWAITING_APPROVAL), seen(word="denied"), 1000, Phase.ABORTED, False),
-    ("expired", at(Phase.AWAITING_APPROVAL), seen(), 1_800_000, Phase.ABORTED, False),
-    ("nothing left to do", at(Phase.AWAITING_APPROVAL), seen(alert_firing=False), 1, Phase.ABORTED, False),
-    ("asked again until seen", at(Phase.APPLYING, asked_at_ms=NOW), seen(), 9000, Phase.APPLYING, True),
-    ("serving anew", at(Phase.APPLYING), seen(SERVING_ANEW), 9000, Phase.VERIFYING, False),
-    (
-        "healed by itself",
-        at(Phase.APPLYING),
-        seen(server(ServerPhase.SERVING), alert_firing=False),
-        1,
-        Phase.VERIFYING,
-        False,
-    ),
-    (
-        "died again",
-        at(Phase.APPLYING),
-        seen(server(supervisor=SupervisorPhase.FAILED, started_at_ms=NOW + 1)),
-        9000,
-        Phase.FAILED,
-        False,
-    ),
-    ("late", at(Phase.APPLYING), seen(), 600_000, Phase.FAILED, False),
-    ("paused", at(Phase.APPLYING), seen(paused=True), 1, Phase.ABORTED, False),
-    ("aborted", at(Phase.VERIFYING), seen(SERVING_ANEW, word="abort"), 1, Phase.ABORTED, False),
-    ("down again", at(Phase.VERIFYING), seen(server()), 1, Phase.FAILED, False),
-    (
-        "good for long enough",
-        at(Phase.VERIFYING, good_since_ms=NOW),
-        seen(SERVING_ANEW, alert_firing=False),
-        30_000,
-        Phase.SUCCEEDED,
-        False,
-    ),
-    (
-        "not good for long enough",
-        at(Phase.VERIFYING, good_since_ms=NOW),
-        seen(SERVING_ANEW, alert_firing=False),
-        29_999,
-        Phase.VERIFYING,
-        False,
-    ),
-    ("the alert stays", at(Phase.VERIFYING), seen(SERVING_ANEW), 360_000, Phase.FAILED, False),
-]
-
-
-@pytest.mark.parametrize(
-    ("name", "before", "look", "after_ms", "phase", "asks"), CASES, ids=[c[0] for c in CASES]
-)
-def test_one_cycle_of_the_machine(name, before, look, after_ms, phase, asks):
-    moved, step = remediation.advance(before, look, NOW + after_ms)
-    assert moved.phase is phase
-    assert (step is not None) == asks
-    assert bool(moved.outcome) == (phase not in LIVE_PHASES)
-
-
-def test_an_alert_that_comes_back_while_verifying_starts_the_proof_anew():
-    r = at(Phase.VERIFYING, good_since_ms=NOW)
-    r, _ = remediation.advance(r, seen(SERVING_ANEW, alert_firing=True), NOW + 10_000)
-    assert r.good_since_ms is None
-
-
-def test_a_dry_run_ends_in_words():
-    moved, step = remediation.advance(remediation.begin(plan(dry_run=True), NOW), seen(), NOW)
-    assert (moved.phase, moved.outcome, step) == (Phase.REHEARSED, "dry_run", None)
-
-
-def test_every_live_phase_can_be_aborted_and_no_ended_one_moves():
-    for phase, event in itertools.product(Phase, Event):
-        known = (phase, event) in machine.TRANSITIONS
-        assert not known or phase in LIVE_PHASES
-    assert all((phase, Event.ABORT) in machine.TRANSITIONS for phase in LIVE_PHASES)
-
-
-def test_every_end_has_words():
-    ends = {event for (_, event), phase in machine.TRANSITIONS.items() if phase not in LIVE_PHASES}
-    assert ends == set(machine.OUTCOMES)
+def test_a_class_of_actions_may_have_a_mode_of_its_own():
+    limits = dataclasses.replace(LIMITS, modes={ActionClass.REVERSIBLE: Mode.AUTO})
+    light = remediation.decide(situation(policy=steps("capture"), limits=limits), Mode.OBSERVE)
+    heavy = remediation.decide(situation(limits=limits), Mode.OBSERVE)
+    assert (light.plan.mode, light.plan.dry_run) == (Mode.AUTO, False)
+    assert (heavy.plan.mode, heavy.plan.dry_run) == (Mode.OBSERVE, True)

@@ -82,7 +82,7 @@ def test_every_alert_says_all_there_is_to_say_in_both_languages(rule):
 def test_every_alert_says_how_bad_it_is_and_what_is_done(rule):
     assert set(rule.rule.labels) == {"severity", "remediation"}
     assert rule.rule.labels["severity"] in {"critical", "warning", "info"}
-    assert rule.rule.labels["remediation"] in {"restart", "none"}
+    assert rule.rule.labels["remediation"] in {"restart", "reconfigure", "return", "limit", "none"}
 
 
 @every_alert
@@ -103,8 +103,9 @@ def test_every_metric_of_a_rule_is_one_that_is_made(rule):
             assert name.startswith("vllm:") or name in catalogue.CATALOGUE or name in ON_VLLMS_PAGE
 
 
-def test_only_a_server_that_is_down_is_restarted():
-    assert [rule.name for rule in ALERTS if rule.rule.labels["remediation"] == "restart"] == ["VLLMDown"]
+def test_only_a_server_that_is_down_or_hangs_is_restarted():
+    restarted = {rule.name for rule in ALERTS if rule.rule.labels["remediation"] == "restart"}
+    assert restarted == {"VLLMDown", "VLLMEngineHung"}
 
 
 def test_the_plain_thresholds_are_in_the_wheel_and_loaded_only_by_name():

@@ -6,7 +6,6 @@ from gpuwatch.errors import ServerError
 from gpuwatch.records import Step, SupervisorPhase
 from gpuwatch.servers import SystemdSupervisor
 
-RESTART = Step(action="restart", within_ms=60_000)
 HOUR_MS = 3_600_000
 
 
@@ -16,7 +15,7 @@ class Systemd:
     def __init__(self):
         self.wall_ms = 1_700_000_000_000
         self.up_ms = 10_000
-        self.restarts = 0
+        self.restarts = self.stops = 0
         self.denied = False
         self.job = ""
         self.properties = {"LoadState": "loaded", "Result": "success"}
@@ -45,6 +44,10 @@ class Systemd:
             "ActiveExitTimestampMonotonic": self.up_ms * 1000 + 1,
         }
 
+    def stop(self):
+        self.die()
+        self.properties["ActiveExitTimestampMonotonic"] = self.up_ms * 1000 - 1
+
     def forget(self):
         self.die()
         self.properties |= {"ExecMainStartTimestamp": 0, "ExecMainStartTimestampMonotonic": 0}
@@ -62,6 +65,10 @@ class Systemd:
                 self.pass_time(50)
                 self.begin()
                 return ("/job/8",)
+            case ("StopUnit", "ss", "vllm@a.service", "replace") if not self.denied:
+                self.stops += 1
+                self.properties["ActiveState"], self.job = "deactivating", "stop"
+                return ("/job/9",)
             case _:
                 raise ServerError(f"{what}: denied", permanent=True)
 
@@ -78,9 +85,10 @@ def supervisor(systemd):
     return SystemdSupervisor("vllm@a.service", bus=systemd)
 
 
-def ask(supervisor, systemd, since_ms):
+def ask(supervisor, systemd, since_ms, action="restart"):
     systemd.pass_time(1_000)
-    supervisor.do(RESTART, since_ms=since_ms, now_ms=systemd.wall_ms)
+    step = Step(action=action, within_ms=60_000)
+    supervisor.do(step, since_ms=since_ms, now_ms=systemd.wall_ms)
 
 
 def test_a_restart_is_asked_once_however_often_the_step_is(systemd, supervisor):
@@ -145,6 +153,63 @@ def test_a_denied_restart_is_an_error(systemd, supervisor):
     systemd.denied = True
     with pytest.raises(ServerError, match="RestartUnit"):
         ask(supervisor, systemd, systemd.wall_ms)
+
+
+def test_a_stop_is_asked_once_however_often_the_step_is(systemd, supervisor):
+    for _ in range(3):
+        ask(supervisor, systemd, systemd.wall_ms, "stop")
+    systemd.stop()
+    systemd.job = ""
+    for _ in range(3):
+        ask(supervisor, systemd, systemd.wall_ms, "stop")
+    assert systemd.stops == 1
+
+
+@pytest.mark.parametrize("sub_state", ["auto-restart", "start", "start-pre"])
+def test_a_stop_ends_a_start_that_is_under_way_and_systemds_own_restart(systemd, supervisor, sub_state):
+    systemd.properties |= {"ActiveState": "activating", "SubState": sub_state}
+    systemd.job = "" if sub_state == "auto-restart" else "start"
+    ask(supervisor, systemd, systemd.wall_ms, "stop")
+    assert systemd.stops == 1
+
+
+def test_a_stop_ends_the_start_half_of_a_restart_by_another(systemd, supervisor):
+    systemd.stop()
+    systemd.job = "start"
+    ask(supervisor, systemd, systemd.wall_ms, "stop")
+    assert systemd.stops == 1
+
+
+@pytest.mark.parametrize("end", ["stop", "die", "forget"])
+def test_a_start_restarts_a_unit_that_is_over_once(systemd, supervisor, end):
+    getattr(systemd, end)()
+    since_ms = systemd.wall_ms
+    for _ in range(5):
+        ask(supervisor, systemd, since_ms, "start")
+    assert systemd.restarts == 1
+
+
+@pytest.mark.parametrize("state", ["active", "activating", "deactivating"])
+def test_a_start_takes_no_unit_down_that_runs_or_is_on_its_way(systemd, supervisor, state):
+    systemd.properties["ActiveState"] = state
+    ask(supervisor, systemd, systemd.wall_ms + HOUR_MS, "start")
+    assert systemd.restarts == 0
+
+
+def test_a_start_that_died_again_is_not_repeated(systemd, supervisor):
+    systemd.stop()
+    since_ms = systemd.wall_ms
+    ask(supervisor, systemd, since_ms, "start")
+    systemd.die()
+    ask(supervisor, systemd, since_ms, "start")
+    ask(SystemdSupervisor("vllm@a.service", bus=systemd), systemd, since_ms, "start")
+    assert systemd.restarts == 1
+
+
+def test_a_stop_that_we_asked_for_is_one_that_was_asked_for(systemd, supervisor):
+    systemd.stop()
+    seen = supervisor.observe(systemd.wall_ms)
+    assert (seen.phase, seen.stop_asked) == (SupervisorPhase.INACTIVE, True)
 
 
 @pytest.mark.parametrize("load_state", ["not-found", "masked"])

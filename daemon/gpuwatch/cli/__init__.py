@@ -11,8 +11,11 @@ import click
 
 import gpuwatch
 from gpuwatch import clock, daemon
+from gpuwatch.cli.capture import capture
+from gpuwatch.cli.config import config_
 from gpuwatch.cli.db import db
 from gpuwatch.cli.guest import guest
+from gpuwatch.cli.history import history, why
 from gpuwatch.cli.options import (
     config_path_of,
     duration_ms,
@@ -159,7 +162,7 @@ def replay(file: Path, config_path: Path | None, rule_files: tuple[Path, ...], a
 @state_option
 @click.option("--for", "duration", help="How long (30m, 2h); default: until `gpuwatch resume`.")
 def pause(config_path: Path | None, state_dir: Path | None, duration: str | None) -> None:
-    """Stop all remediation, at once and also what is under way; go on watching and telling."""
+    """Begin no remediation and take back what is under way; go on watching and telling."""
     from gpuwatch import remediation  # noqa: PLC0415
 
     now_ms = clock.SystemClock().now_ms()
@@ -172,13 +175,14 @@ def pause(config_path: Path | None, state_dir: Path | None, duration: str | None
 
 
 @main.command()
+@click.option("--skip-backlog", is_flag=True, help="Leave alone the alerts that have begun by now.")
 @path_option
 @state_option
-def resume(config_path: Path | None, state_dir: Path | None) -> None:
-    """End a pause, and let gpuwatch act again on servers where a remediation failed."""
+def resume(config_path: Path | None, state_dir: Path | None, *, skip_backlog: bool) -> None:
+    """End a pause, close the breaker, and let gpuwatch act again on servers where remediations failed."""
     from gpuwatch import remediation  # noqa: PLC0415
 
-    wished = remediation.wishes.resume(clock.SystemClock().now_ms())
+    wished = remediation.wishes.resume(clock.SystemClock().now_ms(), skip_backlog=skip_backlog)
     wish(settings_of(config_path, state_dir), wished, "resume")
     click.echo("remediation may go on")
 
@@ -204,13 +208,17 @@ def _word_command(word: str, verb: str, text: str) -> None:
         click.echo(f"{remediation_id}: {word}; the daemon takes it up within a second")
 
 
+main.add_command(capture)
+main.add_command(config_)
 main.add_command(db)
 main.add_command(guest)
+main.add_command(history)
+main.add_command(why)
 main.add_command(query)
 main.add_command(rules)
 _word_command("approved", "approve", "Let a remediation that waits for approval go on.")
 _word_command("denied", "deny", "Refuse a remediation that waits for approval.")
-_word_command("abort", "abort", "Stop a remediation at once; the server is left as it is.")
+_word_command("abort", "abort", "End a remediation; what it did is taken back.")
 
 
 @main.group()

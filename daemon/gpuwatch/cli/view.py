@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gpuwatch import notify
 from gpuwatch.records import LIVE_PHASES, AlertState, Labels, Refusal, Remediation
+from gpuwatch.remediation import present
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -170,11 +171,13 @@ def _refusal(r: Refusal) -> Seen:
 
 
 def _remediation(r: Remediation) -> Seen:
+    step = present(r)
     return {
         "id": r.plan.id,
         "server": r.plan.server,
         "alert": r.plan.alert,
-        "steps": [step.action for step in r.plan.steps],
+        "steps": list(r.plan.actions or (step.action for step in r.plan.steps)),
+        "step": step.action if step else None,
         "phase": str(r.phase),
         "live": r.phase in LIVE_PHASES,
         "since_ms": r.since_ms,
@@ -260,7 +263,7 @@ def _remediations_block(seen: Seen, lang: str) -> str:
             ",".join(r["steps"]) + (" (dry run)" if r["dry_run"] else ""),
             r["server"],
             r["alert"],
-            r["phase"],
+            r["phase"] + (f": {notify.words('step.' + r['step'], lang)}" if r["step"] else ""),
             _clock(r["since_ms"]),
             notify.words(r["outcome"], lang, **r["facts"]) if r["outcome"] else "",
         )

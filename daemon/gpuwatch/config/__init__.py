@@ -1,11 +1,13 @@
 """Settings and rule files, decoded with errors that name file and line; the only YAML."""
 
+from gpuwatch.config.checks import ACTIONS
 from gpuwatch.config.duration import Duration
 from gpuwatch.config.rulefiles import load_rules, read_rules
 from gpuwatch.config.settings import (
     DEFAULT_POLICIES,
     BudgetSettings,
     DingTalkSettings,
+    DockerSettings,
     EvaluationSettings,
     MetricsSettings,
     Policy,
@@ -26,9 +28,11 @@ from gpuwatch.config.settings import (
 )
 
 __all__ = [
+    "ACTIONS",
     "DEFAULT_POLICIES",
     "BudgetSettings",
     "DingTalkSettings",
+    "DockerSettings",
     "Duration",
     "EvaluationSettings",
     "MetricsSettings",

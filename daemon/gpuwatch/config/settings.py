@@ -5,28 +5,21 @@ from __future__ import annotations
 import importlib.resources
 import re
 import socket
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from gpuwatch.config.checks import troubles
 from gpuwatch.config.document import Document, PathKey, dotted, load_document
 from gpuwatch.config.duration import Duration
 from gpuwatch.config.size import Size
 from gpuwatch.errors import ConfigError
-from gpuwatch.records import Mode
+from gpuwatch.records import ActionClass, Mode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
-_LEAST_RETENTION_MS: Final = 2 * 3_600_000
-_MOST_METRICS_MS: Final = 5_000
-_LEAST_CANARY_MS: Final = 15_000
-_MOST_CANARY_MS: Final = 3_600_000  # what is at hand of the past
-_LEAST_SIZE_BYTES: Final = 64 * 2**20
-_ALIASES: Final = ("dcgm",)
 _PLACEHOLDERS: Final[dict[str, object]] = {"command": ["placeholder"], "match": {}}
 
 
@@ -66,12 +59,27 @@ class ProcessSettings(_Struct, frozen=True, kw_only=True):
     """From TERM to KILL of the whole process group; longer than vLLM's --shutdown-timeout."""
 
 
+class DockerSettings(_Struct, frozen=True, kw_only=True):
+    """A server in a container; needs `gpuwatch[docker]`, and the right to use the engine's socket."""
+
+    container: str = ""
+    """The container's name; or give `project` and `service`."""
+    project: str = ""
+    """Of Docker Compose."""
+    service: str = ""
+    """Of Docker Compose: exactly one container of it."""
+    socket: Path = Path("/var/run/docker.sock")
+    stop_timeout: Duration = Duration(60_000)
+    """From TERM to KILL; longer than vLLM's --shutdown-timeout."""
+
+
 class SupervisorSettings(_Struct, frozen=True, kw_only=True):
     """Who starts and stops the server: exactly one of these."""
 
     systemd: str | None = None
     """A unit name such as `vllm.service`."""
     process: ProcessSettings | None = None
+    docker: DockerSettings | None = None
 
 
 class CanarySettings(_Struct, frozen=True, kw_only=True):
@@ -97,6 +105,14 @@ class ServerSettings(_Struct, frozen=True, kw_only=True):
     canary: CanarySettings = CanarySettings()
     api_key_file: Path | None = None
     """A file that holds the server's `--api-key`, which is a secret; the canary needs it."""
+    revisions: Path | None = None
+    """A folder for its settings files, where it runs as `vllm serve --config FOLDER/current.yaml`."""
+    python: Path | None = None
+    """vLLM's own interpreter, to check settings before they are used; default: the running server's."""
+    bounds: dict[str, list[float]] = {}
+    """What gpuwatch may change, each option with its least and its most: `max_num_seqs: [16, 256]`."""
+    quantised_model: str = ""
+    """The last resort where nothing else fits: a model that may be served instead."""
 
 
 class BudgetSettings(_Struct, frozen=True, kw_only=True):
@@ -111,9 +127,23 @@ class RemediationSettings(_Struct, frozen=True, kw_only=True):
 
     mode: Mode = Mode.OBSERVE
     """observe: say what it would do. approve: ask first. auto: do it."""
+    modes: dict[ActionClass, Mode] = {}
+    """The same for one class of actions alone: `{reversible: auto, reconfigure: approve}`."""
     cooldown: Duration = Duration(300_000)
     """Rest after a remediation of a server, so that its effect is seen before the next decision."""
+    cooldown_most: Duration = Duration(3_600_000)
+    """The rest doubles with each remediation within the budget's span, up to this."""
     budget: BudgetSettings = BudgetSettings()
+    breaker: BudgetSettings = BudgetSettings(count=3, per=Duration(21_600_000))
+    """So many remediations that did not help, of all servers, and nothing is done until a person says so."""
+    drain_within: Duration = Duration(60_000)
+    """How long requests in hand have to end before a restart that was planned; the rest is aborted."""
+    free_within: Duration = Duration(120_000)
+    """How long a server that was stopped may take to give its GPU memory back."""
+    hold_for: Duration = Duration(600_000)
+    """How long a limit is held after its alert is over, before it is lifted."""
+    least_throughput: float = 0.5
+    """Of what it was before: a change that leaves requests waiting and less than this is undone."""
     verify_for: Duration = Duration(30_000)
     """The alert must stay away and the server healthy this long before it counts as helped."""
     step_within: Duration = Duration(900_000)
@@ -131,13 +161,23 @@ class Policy(_Struct, frozen=True, kw_only=True):
     match: dict[str, str]
     """Label values that must be equal; `alertname` is a label."""
     steps: list[str] = []
-    """Of: restart. None means: tell people, touch nothing."""
+    """Of: release_cache, limit_admission, limit_running, reset_prefix_cache, sleep_wake, drain, restart,
+    reconfigure, capture, run. None means: tell people, touch nothing."""
     mode: Mode | None = None
     """Stricter or looser than `remediation.mode` for these alerts."""
+    limit: int = 0
+    """Of limit_admission and limit_running: how many requests; 0: half of what run when it is decided."""
+    command: list[str] = []
+    """Of run: program and arguments, no shell. It finds GPUWATCH_SERVER, GPUWATCH_ALERT and GPUWATCH_ID."""
+    command_within: Duration = Duration(60_000)
+    """Of run: what takes longer is ended."""
 
 
 DEFAULT_POLICIES: Final = [
-    Policy(name="restart", match={"remediation": "restart"}, steps=["restart"]),
+    Policy(name="restart", match={"remediation": "restart"}, steps=["capture", "restart"]),
+    Policy(name="reconfigure", match={"remediation": "reconfigure"}, steps=["capture", "reconfigure"]),
+    Policy(name="return", match={"remediation": "return"}, steps=["reconfigure"]),
+    Policy(name="limit", match={"remediation": "limit"}, steps=["limit_running"]),
     Policy(name="tell", match={"remediation": "none"}, steps=[]),
 ]
 
@@ -239,19 +279,13 @@ class Settings(_Struct, frozen=True, kw_only=True):
     receivers: list[ReceiverSettings] = []
 
 
-@dataclass(frozen=True, slots=True)
-class _Trouble:
-    path: PathKey
-    what: str
-
-
 def load_settings(path: Path | None) -> Settings:
     """Decode a settings file; None gives the defaults. ConfigError carries every mistake found."""
     document = load_document(path) if path else Document(file="defaults")
     value = {} if document.value is None else document.value
     settings = _decode(value, document)
     if settings is not None:
-        for trouble in _troubles(settings):
+        for trouble in troubles(settings):
             document.mistake(trouble.path, trouble.what)
     if settings is None or document.mistakes:
         raise ConfigError(document.mistakes)
@@ -374,104 +408,3 @@ def _mend(value: object, path: PathKey, missing: str) -> bool:
     else:
         return False
     return True
-
-
-def _troubles(settings: Settings) -> list[_Trouble]:
-    """What types cannot say."""
-    found = [*_name_troubles(settings), *_server_troubles(settings), *_receiver_troubles(settings)]
-    found += _store_troubles(settings.store)
-    found += [
-        _Trouble(("metrics", "aliases", i), f"unknown names {alias!r}; known: {', '.join(_ALIASES)}")
-        for i, alias in enumerate(settings.metrics.aliases)
-        if alias not in _ALIASES
-    ]
-    for i, policy in enumerate(settings.policies):
-        found += [
-            _Trouble(("policies", i, "steps"), f"unknown step {step!r}; known: restart")
-            for step in policy.steps
-            if step != "restart"
-        ]
-    intervals = settings.sources.__struct_fields__
-    found += [
-        _Trouble(("sources", name), "must be at least 100ms")
-        for name in intervals
-        if getattr(settings.sources, name) < 100
-    ]
-    if settings.sources.metrics_interval > _MOST_METRICS_MS:
-        found.append(_Trouble(("sources", "metrics_interval"), "must be 5s or less, to see steps come"))
-    if settings.remediation.budget.count < 1:
-        found.append(_Trouble(("remediation", "budget", "count"), "must be 1 or more; use mode: observe"))
-    if settings.lang not in {"en", "zh"}:
-        found.append(_Trouble(("lang",), f"{settings.lang!r} is not en or zh"))
-    return found
-
-
-def _name_troubles(settings: Settings) -> list[_Trouble]:
-    found = []
-    named: list[tuple[PathKey, list[str]]] = [
-        (("servers",), [s.name for s in settings.servers]),
-        (("receivers",), [r.name for r in settings.receivers]),
-        (("store", "remote_write"), [w.name for w in settings.store.remote_write]),
-    ]
-    for key, names in named:
-        for i, name in enumerate(names):
-            if not _NAME.fullmatch(name):
-                found.append(_Trouble((*key, i, "name"), f"{name!r}: use letters, digits, . _ -"))
-            if name in names[:i]:
-                found.append(_Trouble((*key, i, "name"), f"{name!r} is there already"))
-    return found
-
-
-def _store_troubles(store: StoreSettings) -> list[_Trouble]:
-    found = []
-    if store.retention < _LEAST_RETENTION_MS:
-        found.append(_Trouble(("store", "retention"), "must be at least 2h, which rules may look back on"))
-    if store.max_size < _LEAST_SIZE_BYTES:
-        found.append(_Trouble(("store", "max_size"), "must be at least 64MiB"))
-    if store.state_url and store.state_url_file:
-        found.append(_Trouble(("store", "state_url"), "is there beside state_url_file; give one of them"))
-    if re.match(r"[^/]*//[^/@]*:[^/@]*@", store.state_url):
-        found.append(_Trouble(("store", "state_url"), "holds a password; put the URL in a state_url_file"))
-    if store.state_url and not store.state_url.startswith("postgresql+psycopg://"):
-        found.append(_Trouble(("store", "state_url"), "must begin with postgresql+psycopg://"))
-    return found + _remote_write_troubles(store.remote_write)
-
-
-def _remote_write_troubles(receivers: Sequence[RemoteWriteSettings]) -> list[_Trouble]:
-    found = []
-    for i, receiver in enumerate(receivers):
-        if not re.match(r"https?://[^/]", receiver.url):
-            found.append(_Trouble(("store", "remote_write", i, "url"), f"{receiver.url!r} is no http URL"))
-        if receiver.username and (receiver.password_file is None or receiver.bearer_token_file):
-            what = "needs a password_file and no bearer_token_file"
-            found.append(_Trouble(("store", "remote_write", i, "username"), what))
-    return found
-
-
-def _server_troubles(settings: Settings) -> list[_Trouble]:
-    found = []
-    for i, server in enumerate(settings.servers):
-        if not re.match(r"https?://[^/]", server.url):
-            found.append(_Trouble(("servers", i, "url"), f"{server.url!r} is no http URL"))
-        if not _LEAST_CANARY_MS <= server.canary.interval <= _MOST_CANARY_MS:
-            found.append(_Trouble(("servers", i, "canary", "interval"), "must be between 15s and 1h"))
-        if not 1000 <= server.canary.timeout <= 60_000:
-            found.append(_Trouble(("servers", i, "canary", "timeout"), "must be between 1s and 1m"))
-        supervisor = server.supervisor
-        if supervisor and (supervisor.systemd is None) == (supervisor.process is None):
-            found.append(_Trouble(("servers", i, "supervisor"), "needs exactly one of systemd, process"))
-        if supervisor and supervisor.systemd and not supervisor.systemd.endswith(".service"):
-            found.append(_Trouble(("servers", i, "supervisor", "systemd"), "must end in .service"))
-        if supervisor and supervisor.process and not supervisor.process.command:
-            found.append(_Trouble(("servers", i, "supervisor", "process", "command"), "is empty"))
-    return found
-
-
-def _receiver_troubles(settings: Settings) -> list[_Trouble]:
-    found = []
-    for i, receiver in enumerate(settings.receivers):
-        if (receiver.slack is None) == (receiver.dingtalk is None):
-            found.append(_Trouble(("receivers", i), "needs exactly one of slack, dingtalk"))
-        if receiver.lang not in {"en", "zh"}:
-            found.append(_Trouble(("receivers", i, "lang"), f"{receiver.lang!r} is not en or zh"))
-    return found

@@ -1,7 +1,7 @@
 """A door before vLLM's API: counts the requests that work the engine, and turns away those above the limit.
 
-For `vllm serve --middleware gpuwatch_guest.admission.Admission`. A request that was let in is never touched;
-health, metrics, management and tokenizers always pass.
+For `vllm serve --middleware gpuwatch_guest.admission.Admission`. A request that was let in is touched by
+`abort` alone; health, metrics, management and tokenizers always pass.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from . import SWITCH
+from . import SWITCH, abort
 from .limits import HELD
 
 if TYPE_CHECKING:
@@ -97,6 +97,8 @@ class Admission:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Raises what the app raises, and nothing of its own."""
+        if not self._is_off:
+            abort.SEEN.note(scope)
         if self._is_off or not _works_the_engine(scope):
             await self._app(scope, receive, send)
         elif _DOOR.enter():
@@ -113,6 +115,13 @@ def keep(limits: Limits) -> tuple[dict[str, int], dict[str, str]]:
     """The limit, if there is one and a door to keep it; else the reason why not."""
     asked = limits.asked("admission")
     return (asked, {}) if _DOOR.is_there else ({}, dict.fromkeys(asked, _NO_DOOR))
+
+
+def end_all() -> dict[str, Any]:
+    """`aborted`: how many requests in flight were ended; RuntimeError and others where it cannot."""
+    if not _DOOR.is_there:
+        raise RuntimeError(_NO_DOOR)
+    return abort.abort()
 
 
 def figures() -> dict[str, Any]:

@@ -26,11 +26,15 @@ _MOST_ERROR: Final = 500
 
 
 class GuestError(Exception):
-    """A guest did not answer, or not as a guest does; `is_gone`: nobody listens there any more."""
+    """A guest did not answer, or not as a guest does.
 
-    def __init__(self, what: str, *, is_gone: bool = False) -> None:
+    `is_gone`: nobody listens there any more. `is_refusal`: it answered that it cannot, and why.
+    """
+
+    def __init__(self, what: str, *, is_gone: bool = False, is_refusal: bool = False) -> None:
         """`what` names the guest and the cause."""
         self.is_gone = is_gone
+        self.is_refusal = is_refusal
         super().__init__(what)
 
 
@@ -54,7 +58,7 @@ def listed(folder: Path, suffix: str = wire.SOCKET_SUFFIX) -> dict[int, Path]:
 
 
 def ask(path: Path, what: str, *, within_s: float = 2.0) -> dict[str, Any]:
-    """One guest's answer to `figures`, `snapshot`, `stacks` or `release`; GuestError."""
+    """One guest's answer to `figures`, `snapshot`, `stacks`, `release` or `abort`; GuestError."""
     answer = ask_all({pid_of(path): path}, what, within_s=within_s)[pid_of(path)]
     if isinstance(answer, GuestError):
         raise answer
@@ -144,7 +148,9 @@ def _checked(talk: _Talk) -> dict[str, Any] | GuestError:
         return _failed(talk.pid, "it speaks another protocol; to cure it, run gpuwatch guest install again")
     if answer.get("pid") != talk.pid:
         return _failed(talk.pid, "it calls itself another process")
-    return _failed(talk.pid, printable(answer["error"])) if "error" in answer else answer
+    if "error" in answer:
+        return GuestError(f"guest {talk.pid}: {printable(answer['error'])}", is_refusal=True)
+    return answer
 
 
 def _hang_up(talks: selectors.BaseSelector, key: selectors.SelectorKey) -> None:

@@ -197,4 +197,5 @@ _ANSWERS: Final[Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
     "stacks": lambda _: stacks.stacks(),
     "release": lambda _: allocator.release(),
     "limit": _limit,
+    "abort": lambda _: admission.end_all(),
 }

@@ -8,15 +8,10 @@ fields; `wording.words` makes them human.
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Final
 
-
-class Phrase(NamedTuple):
-    """The same in both languages."""
-
-    en: str
-    zh: str
-
+from gpuwatch.notify import remedies
+from gpuwatch.notify.phrase import Phrase
 
 REFUSALS: Final = {
     "observe_mode": Phrase(
@@ -49,10 +44,6 @@ REFUSALS: Final = {
         "处置次数已用完：{per}内 {done}/{limit} 次，需要人工查看",
     ),
     "under_way": Phrase("remediation {id} of this server is under way", "该服务的处置 {id} 正在进行"),
-    "failed_before": Phrase(
-        "remediation {id} failed, and a person must look first (`gpuwatch resume` allows the next)",
-        "处置 {id} 曾失败，须先人工查看（`gpuwatch resume` 后可再次处置）",
-    ),
     "starting": Phrase("the server has been starting since {since}", "服务自 {since} 起正在启动"),
     "auto_restart": Phrase("systemd restarts it by itself", "systemd 正在自动重启它"),
     "supervisor_unknown": Phrase(
@@ -72,6 +63,7 @@ REFUSALS: Final = {
         "gpuwatch met a fault of its own (`journalctl -u gpuwatch` shows it)",
         "gpuwatch 自身出错（详见 `journalctl -u gpuwatch`）",
     ),
+    **remedies.REFUSALS,
 }
 
 OUTCOMES: Final = {
@@ -86,6 +78,7 @@ OUTCOMES: Final = {
     "not_asked": Phrase("the step could not be asked for: {detail}", "无法发起该步骤：{detail}"),
     "dry_run": Phrase("dry run, nothing was touched", "演练，未做任何改动"),
     "alert_over": Phrase("the alert was over before anything was done", "尚未处置，告警已自行恢复"),
+    **remedies.OUTCOMES,
 }
 
 _STATES: Final = {
@@ -104,6 +97,8 @@ _STATES: Final = {
     "remediation.awaiting_approval": Phrase("waiting for approval", "等待审批"),
     "remediation.applying": Phrase("applying", "执行中"),
     "remediation.verifying": Phrase("verifying", "验证中"),
+    "remediation.rolling_back": Phrase("taking it back", "回退中"),
+    "remediation.rolled_back": Phrase("taken back", "已回退"),
     "remediation.succeeded": Phrase("succeeded", "已修复"),
     "remediation.failed": Phrase("failed", "失败"),
     "remediation.aborted": Phrase("aborted", "已中止"),
@@ -118,7 +113,8 @@ _STATES: Final = {
     "mode.observe": Phrase("observe", "观察"),
     "mode.approve": Phrase("approve", "审批"),
     "mode.auto": Phrase("auto", "自动"),
-    "step.restart": Phrase("restart", "重启"),
+    **remedies.STEPS,
+    **remedies.OPTIONS,
 }
 
 _TITLES: Final = {
@@ -127,6 +123,8 @@ _TITLES: Final = {
     "badge.awaiting_approval": Phrase("APPROVE?", "待审批"),
     "badge.applying": Phrase("FIXING", "处置中"),
     "badge.verifying": Phrase("VERIFYING", "验证中"),
+    "badge.rolling_back": Phrase("TAKING BACK", "回退中"),
+    "badge.rolled_back": Phrase("TAKEN BACK", "已回退"),
     "badge.succeeded": Phrase("FIXED", "已修复"),
     "badge.failed": Phrase("FAILED", "处置失败"),
     "badge.aborted": Phrase("STOPPED", "已中止"),
@@ -136,6 +134,10 @@ _TITLES: Final = {
     "fact.awaiting_approval": Phrase("{steps} waits for approval", "{steps}等待审批"),
     "fact.applying": Phrase("{steps} under way", "正在{steps}"),
     "fact.verifying": Phrase("{steps} done, watching the result", "{steps}已执行，正在验证"),
+    "fact.rolling_back": Phrase("{steps}: {outcome} · taking it back", "{steps}：{outcome} · 正在回退"),
+    "fact.rolled_back": Phrase(
+        "{steps}: {outcome} · taken back, a person is needed", "{steps}：{outcome} · 已回退，需要人工"
+    ),
     "fact.succeeded": Phrase("{steps}: {outcome}", "{steps}：{outcome}"),
     "fact.failed": Phrase("{steps}: {outcome} · a person is needed", "{steps}：{outcome} · 需要人工"),
     "fact.aborted": Phrase("{steps}: {outcome}", "{steps}：{outcome}"),
@@ -145,6 +147,7 @@ _TITLES: Final = {
 
 _LINES: Final = {
     "join.steps": Phrase(", then ", "，再"),
+    "join.costs": Phrase("; ", "；"),
     "did.plan": Phrase("gpuwatch will {steps} {server}{dry}.", "gpuwatch 将{steps} {server}{dry}。"),
     "did.ask": Phrase(
         "gpuwatch asks to {steps} {server} and waits for approval{dry}.",
@@ -174,6 +177,7 @@ _FIELDS: Final = {
     "field.lasted": Phrase("Lasted", "持续"),
     "field.mode": Phrase("Mode", "模式"),
     "field.remediation": Phrase("Remediation", "处置"),
+    "field.cost": Phrase("Cost", "代价"),
 }
 
 _CLI: Final = {
@@ -199,4 +203,13 @@ _CLI: Final = {
     "cli.broken": Phrase("broken since {since}: {detail}", "自 {since} 起不可用：{detail}"),
 }
 
-CATALOGUE: Final = {**REFUSALS, **OUTCOMES, **_STATES, **_TITLES, **_LINES, **_FIELDS, **_CLI}
+CATALOGUE: Final = {
+    **REFUSALS,
+    **OUTCOMES,
+    **_STATES,
+    **_TITLES,
+    **_LINES,
+    **_FIELDS,
+    **_CLI,
+    **remedies.HISTORY,
+}

@@ -138,7 +138,7 @@ def _decision(decision: Plan | Refusal) -> Decision:
         return Decision(code=decision.code, facts=dict(decision.facts), steps=decision.steps)
     return Decision(
         code="observe_mode" if decision.dry_run else "plan",
-        steps=tuple(step.action for step in decision.steps),
+        steps=decision.actions or tuple(step.action for step in decision.steps),
         mode=str(decision.mode),
         dry_run=decision.dry_run,
         remediation_id=decision.id,

@@ -21,7 +21,9 @@ State = Literal[
     "awaiting_approval",
     "applying",
     "verifying",
+    "rolling_back",
     "succeeded",
+    "rolled_back",
     "failed",
     "aborted",
 ]

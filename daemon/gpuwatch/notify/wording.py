@@ -58,6 +58,8 @@ _TONES: Final = {
     "applying": Tone.FIXING,
     "verifying": Tone.FIXING,
     "succeeded": Tone.FIXED,
+    "rolling_back": Tone.FAILED,
+    "rolled_back": Tone.FAILED,
     "failed": Tone.FAILED,
     "aborted": Tone.STOPPED,
     "dry_run": Tone.STOPPED,
@@ -114,7 +116,7 @@ def clock_time(at_ms: float, tz: tzinfo | None = None) -> str:
 
 def needs_person(message: Message) -> bool:
     """Whether somebody should be called by name: for what gpuwatch does not heal by itself."""
-    if message.state in {"awaiting_approval", "failed"}:
+    if message.state in {"awaiting_approval", "failed", "rolled_back"}:
         return True
     decision = message.decision
     healing = decision is not None and decision.code == "plan" and decision.mode == "auto"
@@ -272,6 +274,14 @@ def _decision_fields(message: Message, lang: str) -> Iterator[tuple[str, str]]:
         yield words("field.mode", lang), words(f"mode.{decision.mode}", lang)
     if decision and decision.remediation_id:
         yield words("field.remediation", lang), decision.remediation_id
+    if _asks(message) and decision and (cost := _cost(decision, lang)):
+        yield words("field.cost", lang), cost
+
+
+def _cost(decision: Decision, lang: str) -> str:
+    """What whoever approves pays for it."""
+    names = (f"cost.{step}" for step in decision.steps)
+    return words("join.costs", lang).join(words(name, lang) for name in names if name in CATALOGUE)
 
 
 def _summary(message: Message, lang: str) -> str:

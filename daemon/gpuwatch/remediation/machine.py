@@ -1,29 +1,39 @@
 """How far a remediation has come: a table of phases, asked again each cycle. Pure.
 
 Rule 1: every change of phase is a row of `TRANSITIONS`; docs/remediation.md is drawn from it.
-Rule 2: level, not edge: events are read off what is seen now, so a daemon that was killed between
-any two lines goes on from its row.
-Rule 3: a step is asked until its effect is seen; asking twice is harmless by the supervisors' contract.
-Rule 4: whoever pauses or aborts stops it at once; the server is left as it is.
+Rule 2: level, not edge: what happened is read off what is seen now, so a daemon that was killed between
+any two lines goes on from its row, and nothing is remembered outside it.
+Rule 3: a step is asked until its effect is seen; one whose effect is there is never asked.
+Rule 4: whatever ends a plan in the middle, what it did is taken back; also in a pause, when nothing begins.
+Rule 5: a server that somebody stops is left alone, whatever was done to it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from gpuwatch.records import LIVE_PHASES, Mode, Phase, Remediation, ServerPhase, Step, SupervisorPhase
+from gpuwatch.records import LIVE_PHASES, ActionClass, Mode, Phase, Remediation, ServerPhase, Step
+from gpuwatch.remediation.steps import (
+    STEPS,
+    Failed,
+    Look,
+    Seen,
+    began_anew,
+    is_deed,
+    judged,
+    present,
+    walked,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from gpuwatch.records import ServerState
+    from collections.abc import Callable, Mapping
 
 
 class Event(enum.StrEnum):
-    """What can happen to a remediation."""
+    """What can happen to a remediation; why it did is its outcome."""
 
     DRY_RUN = "dry run"
     MAY_ACT = "may act"
@@ -31,166 +41,308 @@ class Event(enum.StrEnum):
     APPROVED = "approved"
     DENIED = "denied"
     EXPIRED = "approval expired"
-    ALERT_OVER = "alert over"
+    CALLED_OFF = "called off"
     STEP_DONE = "step done"
     ALL_DONE = "all steps done"
-    LATE = "late"
-    DIED_AGAIN = "died again"
-    REFUSED = "supervisor refused"
+    FAILED = "failed"
+    TAKE_BACK = "to be taken back"
+    TAKEN_BACK = "taken back"
     HELPED = "helped"
-    RELAPSED = "relapsed"
-    ABORT = "aborted"
 
 
 TRANSITIONS: Final[Mapping[tuple[Phase, Event], Phase]] = {
     (Phase.PLANNED, Event.DRY_RUN): Phase.REHEARSED,
     (Phase.PLANNED, Event.MUST_ASK): Phase.AWAITING_APPROVAL,
     (Phase.PLANNED, Event.MAY_ACT): Phase.APPLYING,
-    (Phase.PLANNED, Event.ABORT): Phase.ABORTED,
+    (Phase.PLANNED, Event.CALLED_OFF): Phase.ABORTED,
     (Phase.AWAITING_APPROVAL, Event.APPROVED): Phase.APPLYING,
     (Phase.AWAITING_APPROVAL, Event.DENIED): Phase.ABORTED,
     (Phase.AWAITING_APPROVAL, Event.EXPIRED): Phase.ABORTED,
-    (Phase.AWAITING_APPROVAL, Event.ALERT_OVER): Phase.ABORTED,
-    (Phase.AWAITING_APPROVAL, Event.ABORT): Phase.ABORTED,
+    (Phase.AWAITING_APPROVAL, Event.CALLED_OFF): Phase.ABORTED,
     (Phase.APPLYING, Event.STEP_DONE): Phase.APPLYING,
     (Phase.APPLYING, Event.ALL_DONE): Phase.VERIFYING,
-    (Phase.APPLYING, Event.LATE): Phase.FAILED,
-    (Phase.APPLYING, Event.DIED_AGAIN): Phase.FAILED,
-    (Phase.APPLYING, Event.REFUSED): Phase.FAILED,
-    (Phase.APPLYING, Event.ABORT): Phase.ABORTED,
+    (Phase.APPLYING, Event.CALLED_OFF): Phase.ABORTED,
+    (Phase.APPLYING, Event.FAILED): Phase.FAILED,
+    (Phase.APPLYING, Event.TAKE_BACK): Phase.ROLLING_BACK,
     (Phase.VERIFYING, Event.HELPED): Phase.SUCCEEDED,
-    (Phase.VERIFYING, Event.RELAPSED): Phase.FAILED,
-    (Phase.VERIFYING, Event.LATE): Phase.FAILED,
-    (Phase.VERIFYING, Event.ABORT): Phase.ABORTED,
+    (Phase.VERIFYING, Event.CALLED_OFF): Phase.ABORTED,
+    (Phase.VERIFYING, Event.FAILED): Phase.FAILED,
+    (Phase.VERIFYING, Event.TAKE_BACK): Phase.ROLLING_BACK,
+    (Phase.ROLLING_BACK, Event.STEP_DONE): Phase.ROLLING_BACK,
+    (Phase.ROLLING_BACK, Event.TAKEN_BACK): Phase.ROLLED_BACK,
+    (Phase.ROLLING_BACK, Event.CALLED_OFF): Phase.ABORTED,
+    (Phase.ROLLING_BACK, Event.FAILED): Phase.FAILED,
 }
 
-OUTCOMES: Final[Mapping[Event, str]] = {
-    Event.DRY_RUN: "dry_run",
-    Event.DENIED: "denied",
-    Event.EXPIRED: "approval_expired",
-    Event.ALERT_OVER: "alert_over",
-    Event.LATE: "step_late",
-    Event.DIED_AGAIN: "died_again",
-    Event.REFUSED: "not_asked",
-    Event.HELPED: "restored",
-    Event.RELAPSED: "relapsed",
-    Event.ABORT: "aborted_by",
+OUTCOMES: Final = frozenset(
+    {
+        *("dry_run", "denied", "approval_expired", "alert_over", "aborted_by"),
+        *("stopped_by_operator", "server_gone", "started_meanwhile"),
+        *("step_late", "step_failed", "unknown_step", "not_asked"),
+        *("died_again", "revision_refused", "no_guest"),
+        *("relapsed", "never_verified", "new_alert", "fewer_kv_tokens", "less_throughput"),
+        *("restored", "lifted", "untouched"),
+    }
+)
+"""The codes of the words for all that ends a remediation, or has it taken back."""
+
+_SHORT_MS: Final = 30_000
+# For how long the result may fall short, by code; throughput is counted over the minute past.
+_PATIENCE_MS: Final[Mapping[str, int]] = {
+    "new_alert": _SHORT_MS,
+    "fewer_kv_tokens": _SHORT_MS,
+    "less_throughput": 60_000 + _SHORT_MS,
 }
-"""The code of the words for each event that ends a remediation."""
-
-_GONE: Final = {SupervisorPhase.INACTIVE, SupervisorPhase.FAILED}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
-    """What the world looks like to one remediation now.
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """What happened, and why: a code of `OUTCOMES` where it ends something, and its figures."""
 
-    `word` is what a person said of it: approved, denied, abort, or nothing; `by` is who.
-    """
-
-    server: ServerState
-    alert_firing: bool
-    paused: bool = False
-    word: str = ""
-    by: str = ""
-    approval_expires_ms: int
+    event: Event
+    code: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 def advance(remediation: Remediation, seen: Seen, now_ms: int) -> tuple[Remediation, Step | None]:
-    """The remediation after this cycle, and the step to ask for now, if any."""
-    for _ in range(len(Phase)):  # a phase is passed through at once where nothing holds it
-        event, facts = _event(remediation, seen, now_ms)
-        if event is None:
-            break
-        remediation = _moved(remediation, event, facts, now_ms)
-    if remediation.phase is Phase.APPLYING:
-        return _asked(remediation, now_ms), remediation.plan.steps[remediation.step_index]
-    if remediation.phase is Phase.VERIFYING:
-        return _watched(remediation, seen, now_ms), None
-    return remediation, None
+    """The remediation after this cycle, and the step to ask for now, if any.
+
+    What it returns is to be saved before the step is asked.
+    """
+    r = _watched(remediation, seen, now_ms)
+    while (move := _move(r, seen, now_ms)) is not None:  # all that nothing holds is passed at once
+        r = _watched(_moved(r, move, now_ms), seen, now_ms)
+    step = present(r)
+    if step is not None and is_deed(step.action) and r.asked_at_ms is None:
+        r = dataclasses.replace(r, asked_at_ms=now_ms)
+    return r, step
 
 
 def refused(remediation: Remediation, detail: str, now_ms: int) -> Remediation:
-    """The supervisor said no for good."""
-    return _moved(remediation, Event.REFUSED, {"detail": detail}, now_ms)
+    """The remediation whose present step cannot be asked: a hand said no for good, and `detail` says why."""
+    r, step = remediation, present(remediation)
+    if step is None:
+        return r
+    if not STEPS[step.action].late_fails:
+        return dataclasses.replace(r, heard={**r.heard, "failed": detail})
+    return _moved(r, _failing(r, Failed.of("not_asked", detail=detail)), now_ms)
 
 
-def _event(r: Remediation, seen: Seen, now_ms: int) -> tuple[Event | None, dict[str, str]]:
+# -- what has happened -----------------------------------------------------------------------------------
+
+
+def _move(r: Remediation, seen: Seen, now_ms: int) -> _Move | None:
     """What has happened, by phase; None if nothing has."""
     if r.phase not in LIVE_PHASES:
-        return None, {}
-    if not r.plan.dry_run and (seen.paused or seen.word == "abort"):
-        return Event.ABORT, {"by": seen.by or "pause"}
-    match r.phase:
-        case Phase.PLANNED:
-            return _planned_event(r), {}
-        case Phase.AWAITING_APPROVAL:
-            return _awaiting_event(r, seen, now_ms)
-        case Phase.APPLYING:
-            return _applying_event(r, seen, now_ms)
-        case _:
-            return _verifying_event(r, seen, now_ms)
+        return None
+    if r.phase is Phase.PLANNED and (r.plan.dry_run or r.plan.mode is Mode.OBSERVE):
+        return _Move(Event.DRY_RUN, "dry_run")
+    return _called_off(r, seen) or _DECIDE[r.phase](r, seen, now_ms)
 
 
-def _planned_event(r: Remediation) -> Event:
-    if r.plan.dry_run:
-        return Event.DRY_RUN
-    return Event.MAY_ACT if r.plan.mode is Mode.AUTO else Event.MUST_ASK
+def _planned(r: Remediation, _seen: Seen, _now_ms: int) -> _Move:
+    return _Move(Event.MAY_ACT if r.plan.mode is Mode.AUTO else Event.MUST_ASK)
 
 
-def _awaiting_event(r: Remediation, seen: Seen, now_ms: int) -> tuple[Event | None, dict[str, str]]:
-    if not seen.alert_firing:
-        return Event.ALERT_OVER, {}
+def _awaiting(r: Remediation, seen: Seen, now_ms: int) -> _Move | None:
     if seen.word == "approved":
-        return Event.APPROVED, {"by": seen.by}
+        return _Move(Event.APPROVED, facts={"approved_by": seen.by})
     if seen.word == "denied":
-        return Event.DENIED, {"by": seen.by}
+        return _Move(Event.DENIED, "denied", {"by": seen.by})
     if now_ms - r.since_ms >= seen.approval_expires_ms:
-        return Event.EXPIRED, {"minutes": str(seen.approval_expires_ms // 60_000)}
-    return None, {}
+        minutes = seen.approval_expires_ms // 60_000
+        return _Move(Event.EXPIRED, "approval_expired", {"minutes": str(minutes)})
+    return None
 
 
-def _applying_event(r: Remediation, seen: Seen, now_ms: int) -> tuple[Event | None, dict[str, str]]:
-    server, supervisor = seen.server, seen.server.supervisor
-    began_anew = supervisor.started_at_ms is not None and supervisor.started_at_ms >= r.since_ms
-    serving = server.phase is ServerPhase.SERVING
-    if serving and (began_anew or not seen.alert_firing):  # or it healed by itself: then touch nothing
-        last = r.step_index + 1 == len(r.plan.steps)
-        return (Event.ALL_DONE if last else Event.STEP_DONE), {}
-    if began_anew and supervisor.phase in _GONE:
-        return Event.DIED_AGAIN, {"detail": supervisor.detail}
-    if now_ms - r.since_ms >= r.plan.steps[r.step_index].within_ms:
-        return Event.LATE, {"seconds": str((now_ms - r.since_ms) // 1000)}
-    return None, {}
+def _walking(r: Remediation, seen: Seen, now_ms: int) -> _Move | None:
+    """The present step, and after the last one the end of the walk."""
+    step = present(r)
+    if step is None:
+        return _walked_to_the_end(r, seen)
+    found = judged(Look(step=step, remediation=r, seen=seen, now_ms=now_ms))
+    if isinstance(found, Failed):
+        return _failing(r, found)
+    if not found:
+        return None
+    has_more = r.step_index + 1 < len(walked(r))
+    return _Move(Event.STEP_DONE) if has_more else _walked_to_the_end(r, seen)
 
 
-def _verifying_event(r: Remediation, seen: Seen, now_ms: int) -> tuple[Event | None, dict[str, str]]:
-    """Good for `verify_for_ms` on end is a success; a server that falls again is not."""
+def _walked_to_the_end(r: Remediation, seen: Seen) -> _Move:
+    if r.phase is Phase.APPLYING:
+        return _Move(Event.ALL_DONE)
+    if seen.server.phase is ServerPhase.SERVING:
+        return _Move(Event.TAKEN_BACK)
+    return _Move(Event.FAILED, facts={"undo_code": "not_serving"})
+
+
+def _verifying(r: Remediation, seen: Seen, now_ms: int) -> _Move | None:
+    """Well for `verify_for_ms` on end is a success; falling again, or falling short, is not."""
+    seconds, since_planned = (str((now_ms - ms) // 1000) for ms in (r.since_ms, r.created_at_ms))
+    code = _needs_no_proof(r, seen)
+    if code:
+        return _Move(Event.HELPED, code, {"seconds": since_planned})
     if seen.server.phase is ServerPhase.DOWN:
-        return Event.RELAPSED, {}
+        return _failing(r, Failed.of("relapsed"))
+    short = _falls_short(r, seen)
+    if short and now_ms - int(r.heard[short.code]) >= _PATIENCE_MS[short.code]:
+        return _failing(r, short)
     if r.good_since_ms is not None and now_ms - r.good_since_ms >= r.plan.verify_for_ms:
-        return Event.HELPED, {"seconds": str((now_ms - r.created_at_ms) // 1000)}
+        return _Move(Event.HELPED, "restored", {"seconds": since_planned})
     if now_ms - r.since_ms >= 10 * r.plan.verify_for_ms + 60_000:
-        return Event.LATE, {"seconds": str((now_ms - r.since_ms) // 1000)}
-    return None, {}
+        return _failing(r, Failed.of("never_verified", seconds=seconds))
+    return None
 
 
-def _moved(r: Remediation, event: Event, facts: dict[str, str], now_ms: int) -> Remediation:
-    phase = TRANSITIONS[r.phase, event]
-    if phase is Phase.APPLYING:
-        index = r.step_index + 1 if event is Event.STEP_DONE else r.step_index
-        return dataclasses.replace(r, phase=phase, step_index=index, since_ms=now_ms, asked_at_ms=None)
-    outcome = "" if phase in LIVE_PHASES else OUTCOMES[event]
-    if phase is Phase.FAILED and r.phase is Phase.VERIFYING and event is Event.LATE:
-        outcome = "never_verified"
-    return dataclasses.replace(r, phase=phase, since_ms=now_ms, outcome=outcome, facts=facts)
+def _needs_no_proof(r: Remediation, seen: Seen) -> str:
+    """The outcome of a plan that touched nothing, or whose limits were held until its alert stayed away."""
+    if not _has_deeds(r):
+        return "untouched"
+    is_limits = r.plan.kind is ActionClass.REVERSIBLE and any(s.action == "hold" for s in r.plan.steps)
+    return "lifted" if is_limits and not seen.alert_firing else ""
 
 
-def _asked(r: Remediation, now_ms: int) -> Remediation:
-    return r if r.asked_at_ms is not None else dataclasses.replace(r, asked_at_ms=now_ms)
+def _falls_short(r: Remediation, seen: Seen) -> Failed | None:
+    """What is amiss with a server that serves and whose alert is over."""
+    sight, signals = seen.sight, r.plan.signals
+    if seen.new_alerts:
+        return Failed.of("new_alert", alerts=", ".join(seen.new_alerts))
+    tokens, least = sight.start.kv_cache_tokens if sight.start else None, signals.get("kv_cache_tokens_least")
+    if tokens is not None and least and tokens < float(least):
+        return Failed.of("fewer_kv_tokens", tokens=tokens, least=least)
+    rate, least = sight.tokens_per_s, signals.get("least_tokens_per_s")
+    if sight.requests_waiting and rate is not None and least and rate < float(least):
+        return Failed.of("less_throughput", rate=round(rate, 1), least=least)
+    return None
+
+
+_DECIDE: Final[Mapping[Phase, Callable[[Remediation, Seen, int], _Move | None]]] = {
+    Phase.PLANNED: _planned,
+    Phase.AWAITING_APPROVAL: _awaiting,
+    Phase.APPLYING: _walking,
+    Phase.VERIFYING: _verifying,
+    Phase.ROLLING_BACK: _walking,
+}
+
+
+# -- what ends it early ----------------------------------------------------------------------------------
+
+
+def _called_off(r: Remediation, seen: Seen) -> _Move | None:
+    """Whether somebody, or the world, has made an end of it."""
+    if _is_stopped_by_hand(r, seen):
+        return _Move(Event.CALLED_OFF, "stopped_by_operator")
+    if r.phase is Phase.ROLLING_BACK:
+        return None
+    if _has_gone(r, seen):
+        return _Move(Event.CALLED_OFF, "server_gone")
+    if seen.paused or seen.word == "abort":
+        return _calling_off(r, "aborted_by", {"by": seen.by or "pause"})
+    if _comes_up(r, seen):
+        return _Move(Event.CALLED_OFF, "started_meanwhile")
+    return _calling_off(r, "alert_over", {}) if _is_needless(r, seen) else None
+
+
+def _calling_off(r: Remediation, code: str, facts: Mapping[str, str]) -> _Move:
+    return _Move(Event.TAKE_BACK if _is_to_be_taken_back(r) else Event.CALLED_OFF, code, facts)
+
+
+def _failing(r: Remediation, failed: Failed) -> _Move:
+    """The first failure is what is told; that of taking back stands beside it."""
+    step = present(r)
+    facts = {"step": step.action, **failed.facts} if step else failed.facts
+    if r.phase is Phase.ROLLING_BACK:
+        return _Move(Event.FAILED, facts={"undo_code": failed.code, **_prefixed("undo_", facts)})
+    return _Move(Event.TAKE_BACK if _is_to_be_taken_back(r) else Event.FAILED, failed.code, facts)
+
+
+def _prefixed(prefix: str, facts: Mapping[str, str]) -> dict[str, str]:
+    return {prefix + name: value for name, value in facts.items()}
+
+
+def _is_to_be_taken_back(r: Remediation) -> bool:
+    """While it is applied: if the server was touched; later, if there is more to it than a restart."""
+    if r.phase is Phase.VERIFYING:
+        has_limits = any(step.action == "lift" for step in r.plan.undo)
+        return bool(r.plan.undo) and (r.plan.kind is ActionClass.RECONFIGURE or has_limits)
+    return r.phase is Phase.APPLYING and r.asked_at_ms is not None and bool(r.plan.undo)
+
+
+def _is_stopped_by_hand(r: Remediation, seen: Seen) -> bool:
+    """Whether somebody else asked for its stop: ours lasts from the step `stop` until a process began."""
+    supervisor, step = seen.server.supervisor, present(r)
+    if not supervisor.stop_asked:
+        return False
+    if step is None:  # nothing is done yet, or all is: then a process runs that nobody here asked to stop
+        return True
+    if step.action == "start":
+        return began_anew(r, seen)
+    actions = [step.action for step in walked(r)]
+    turns = [action for action in actions[: r.step_index + 1] if action in {"stop", "start"}]
+    if turns:
+        return turns[-1] == "start"
+    # What is taken back may have been stopped before the undo began.
+    return not (r.phase is Phase.ROLLING_BACK and "start" in actions)
+
+
+def _has_gone(r: Remediation, seen: Seen) -> bool:
+    """Whether what reversible steps do ended with the server: another plan has to see to that."""
+    is_down = seen.server.phase is ServerPhase.DOWN
+    return is_down and r.plan.kind is ActionClass.REVERSIBLE and _has_deeds(r)
+
+
+def _has_deeds(r: Remediation) -> bool:
+    return any(is_deed(step.action) for step in r.plan.steps)
+
+
+def _comes_up(r: Remediation, seen: Seen) -> bool:
+    """Whether somebody else started the server before it was touched; what a person wants goes on."""
+    is_untouched = r.phase is Phase.APPLYING and r.asked_at_ms is None
+    is_heavy = r.plan.kind is not ActionClass.REVERSIBLE and not r.plan.by
+    return is_untouched and is_heavy and seen.server.starting_since_ms is not None
+
+
+def _is_needless(r: Remediation, seen: Seen) -> bool:
+    """Whether it healed by itself before its service was cut; what a person wants waits for no alert."""
+    if seen.alert_firing or r.plan.by:
+        return False
+    if r.phase is not Phase.APPLYING:
+        return r.phase is Phase.AWAITING_APPROVAL
+    if r.plan.kind is ActionClass.REVERSIBLE or seen.server.phase is not ServerPhase.SERVING:
+        return False
+    actions = [step.action for step in r.plan.steps]
+    return r.asked_at_ms is None or ("stop" in actions and "stop" not in actions[: r.step_index + 1])
+
+
+# -- the row ---------------------------------------------------------------------------------------------
+
+
+def _moved(r: Remediation, move: _Move, now_ms: int) -> Remediation:
+    """The row after what happened; what was counted and heard until then is over."""
+    index = {Event.STEP_DONE: r.step_index + 1, Event.TAKE_BACK: 0}.get(move.event, r.step_index)
+    return dataclasses.replace(
+        r,
+        phase=TRANSITIONS[r.phase, move.event],
+        step_index=index,
+        since_ms=now_ms,
+        good_since_ms=None,
+        outcome=move.code or r.outcome,
+        facts={**r.facts, **move.facts},
+        heard={},
+    )
 
 
 def _watched(r: Remediation, seen: Seen, now_ms: int) -> Remediation:
-    good = seen.server.phase is ServerPhase.SERVING and not seen.alert_firing
-    since_ms = (r.good_since_ms or now_ms) if good else None
-    return r if since_ms == r.good_since_ms else dataclasses.replace(r, good_since_ms=since_ms)
+    """The row that says since when all is well, or what falls short: both must last to count."""
+    step = present(r)
+    if r.phase is Phase.VERIFYING:
+        short = _falls_short(r, seen)
+        heard = {short.code: r.heard.get(short.code, str(now_ms))} if short else {}
+        is_well = seen.server.phase is ServerPhase.SERVING and not short
+    elif step is not None and step.action == "hold":
+        heard, is_well = dict(r.heard), True
+    else:
+        return r
+    since_ms = (r.good_since_ms or now_ms) if is_well and not seen.alert_firing else None
+    return dataclasses.replace(r, good_since_ms=since_ms, heard=heard)

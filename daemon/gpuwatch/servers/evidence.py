@@ -15,7 +15,21 @@ from typing import TYPE_CHECKING, Final
 from gpuwatch.promql import Matcher
 from gpuwatch.records import ServerPhase
 from gpuwatch.servers.hardware import hardware
-from gpuwatch.servers.look import Look, is_fresh, last, run_began_ms
+from gpuwatch.servers.look import (
+    CANARY,
+    EXITS,
+    IN_FLIGHT,
+    LIMIT,
+    RUNNING,
+    SLEEP,
+    STATE,
+    WAITING,
+    Look,
+    is_fresh,
+    last,
+    present,
+    run_began_ms,
+)
 from gpuwatch.servers.progress import Engine, Evidence, Hardware, Process
 
 if TYPE_CHECKING:
@@ -31,11 +45,8 @@ _HARDWARE_FROM_MS: Final = 4_000
 _LONG_STEP_FROM_MS: Final = 30_000
 
 _STEPS: Final = "vllm:iteration_tokens_total_count"
-_RUNNING: Final = "vllm:num_requests_running"
-_WAITING: Final = "vllm:num_requests_waiting"
 _BY_REASON: Final = "vllm:num_requests_waiting_by_reason"
-_SLEEP: Final = "vllm:engine_sleep_state"
-_SIGNS: Final = (_STEPS, _RUNNING, _WAITING, "vllm:kv_cache_usage_perc")
+_SIGNS: Final = (_STEPS, RUNNING, WAITING, "vllm:kv_cache_usage_perc")
 _ROLES: Final = Matcher("role", "=~", "api_server|engine_core|worker")
 
 
@@ -106,7 +117,7 @@ class _Page:
 def _pages(look: Look) -> dict[str, _Page]:
     """The page by engine; those without a sample in the look-back are left out."""
     found: dict[str, dict[str, Series]] = {}
-    for series in look.at("|".join((*_SIGNS, _BY_REASON, _SLEEP)), _LOOKBACK_MS):
+    for series in look.at("|".join((*_SIGNS, _BY_REASON, SLEEP)), _LOOKBACK_MS):
         labels = series.labels
         key = labels.get("sleep_state") or labels.get("reason") or labels.metric
         found.setdefault(labels.get("engine"), {})[key] = series
@@ -132,10 +143,10 @@ def _sleep(by_key: Mapping[str, Series]) -> str:
 
 def _engine(look: Look, name: str, page: _Page) -> Engine:
     steps = last(page.series.get(_STEPS))
-    counts = [last(page.series.get(metric)) for metric in (_RUNNING, _WAITING)]
+    counts = [last(page.series.get(metric)) for metric in (RUNNING, WAITING)]
     requests = sum(int(sample[1]) for sample in counts if sample)
     signs = [page.series[metric] for metric in _SIGNS if metric in page.series]
-    queue = page.series.get(_WAITING)
+    queue = page.series.get(WAITING)
     moved_at_ms = max(_unchanged_since_ms(series, is_queue=series is queue) for series in signs)
     flat_ms = max(page.at_ms - moved_at_ms, 0)
     is_long = requests > 0 and flat_ms >= _LONG_STEP_FROM_MS
@@ -170,9 +181,9 @@ def _longest_step_ms(look: Look, engine: str) -> int:
     """
     by_metric = {
         series.labels.metric: dict(zip(series.at_ms, series.values, strict=True))
-        for series in look.at(f"{_STEPS}|{_RUNNING}|{_WAITING}", _HOUR_MS, Matcher("engine", "=", engine))
+        for series in look.at(f"{_STEPS}|{RUNNING}|{WAITING}", _HOUR_MS, Matcher("engine", "=", engine))
     }
-    running, waiting = by_metric.get(_RUNNING, {}), by_metric.get(_WAITING, {})
+    running, waiting = by_metric.get(RUNNING, {}), by_metric.get(WAITING, {})
     longest_ms, began_ms, steps = 0, 0, -1.0
     for at_ms, now_steps in by_metric.get(_STEPS, {}).items():
         if now_steps > steps >= 0 and began_ms:
@@ -191,7 +202,7 @@ def _held(look: Look) -> tuple[Process, ...]:
     """The processes that are stopped or blocked."""
     found: dict[str, dict[str, int]] = {}
     states = Matcher("state", "=~", "stopped|blocked")
-    for series in look.at("server_process_state", _HELD_LOOKBACK_MS, _ROLES, states):
+    for series in look.at(STATE, _HELD_LOOKBACK_MS, _ROLES, states):
         began_ms = run_began_ms(series, lambda value: value == 1.0) if is_fresh(series, look.now_ms) else None
         if began_ms is not None:
             state = series.labels.get("state")
@@ -201,7 +212,7 @@ def _held(look: Look) -> tuple[Process, ...]:
 
 def _died(look: Look) -> tuple[str, ...]:
     """The processes whose exits have risen since the server serves, and of whose name none lives."""
-    exits = look.at("server_process_exits_total", _LOOKBACK_MS, _ROLES)
+    exits = look.at(EXITS, _LOOKBACK_MS, _ROLES)
     ended = {
         series.labels.get("process")
         for series in exits
@@ -209,8 +220,8 @@ def _died(look: Look) -> tuple[str, ...]:
     }
     if not ended:
         return ()
-    states = look.at("server_process_state", _HELD_LOOKBACK_MS, Matcher("state", "!=", "zombie"))
-    alive = {s.labels.get("process") for s in states if is_fresh(s, look.now_ms) and s.values[-1]}
+    states = look.at(STATE, _HELD_LOOKBACK_MS, Matcher("state", "!=", "zombie"))
+    alive = {s.labels.get("process") for s in states if present(s, look.now_ms)}
     return tuple(sorted(ended - alive))
 
 
@@ -222,7 +233,7 @@ def _in_flight(look: Look) -> tuple[int | None, int]:
 
     `load` is 0 for ever where vLLM does not count: it is believed once it was seen above.
     """
-    found = [s for s in look.at("server_requests_in_flight", _LOOKBACK_MS) if is_fresh(s, look.now_ms)]
+    found = [s for s in look.at(IN_FLIGHT, _LOOKBACK_MS) if is_fresh(s, look.now_ms)]
     known = [s for s in found if s.labels.get("source") == "admission" or any(v > 0 for v in s.values)]
     began = [began for s in known if (began := run_began_ms(s, lambda value: value > 0)) is not None]
     most = max((int(s.values[-1]) for s in known), default=None)
@@ -242,20 +253,20 @@ def _answers(look: Look, stepped_at_ms: int | None, lookback_ms: int) -> _Answer
     """What was asked of the server, and answered after its last step, which makes older answers void."""
     by_metric: dict[str, Series] = {}
     for series in look.at(
-        "server_paused|server_guest_paused|server_limit|server_canary_ok",
+        f"server_paused|server_guest_paused|{LIMIT}|{CANARY}",
         lookback_ms,
         Matcher("limit", "=~", "|running"),
     ):
         by_metric[series.labels.metric] = series
-    limit = by_metric.get("server_limit")
+    limit = by_metric.get(LIMIT)
     told = [last(by_metric.get(metric)) for metric in ("server_paused", "server_guest_paused")]
     asked = max((answer for answer in told if answer is not None), default=None)
     counts = asked is not None and stepped_at_ms is not None and asked[0] > stepped_at_ms
-    canaries = _canaries(by_metric.get("server_canary_ok"))
+    canaries = _canaries(by_metric.get(CANARY))
     return _Answers(
         is_paused=bool(asked[1]) if asked and counts else None,
         paused_asked_ms=look.now_ms - asked[0] if asked else None,
-        is_held=limit is not None and is_fresh(limit, look.now_ms) and limit.values[-1] == 0,
+        is_held=limit is not None and present(limit, look.now_ms) == 0,
         canary_asked_ms=look.now_ms - canaries[-1][0] if canaries else None,
         unanswered_ms=_unanswered_ms(canaries, stepped_at_ms, look.now_ms),
     )

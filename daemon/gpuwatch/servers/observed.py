@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Final
 
-from gpuwatch.promql import Matcher
-from gpuwatch.records import ServerPhase, ServerState, is_stale
+from gpuwatch.records import ServerPhase, ServerState
+from gpuwatch.servers.look import Look, last
 from gpuwatch.servers.phase import Health, HealthAnswer, judge
 
 if TYPE_CHECKING:
@@ -49,19 +49,18 @@ def observed(
 
 def _health(server: str, querier: Querier, now_ms: int) -> HealthAnswer | None:
     """The newest answer of `/health`; None if it was not asked of late."""
-    at_ms, is_late = _newest("server_health_timeout", server, querier, now_ms)
-    if is_late is None:
+    look = Look(querier, server, now_ms, 0)
+    late, ok = (_newest(look, f"server_health_{name}") for name in ("timeout", "ok"))
+    if late is None:
         return None
-    _, is_ok = _newest("server_health_ok", server, querier, now_ms)
-    if is_late or is_ok is None:
-        return HealthAnswer(Health.UNKNOWN, at_ms)
-    return HealthAnswer(Health.OK if is_ok else Health.FAILING, at_ms)
+    if late[1] or ok is None:
+        return HealthAnswer(Health.UNKNOWN, late[0])
+    return HealthAnswer(Health.OK if ok[1] else Health.FAILING, late[0])
 
 
-def _newest(metric: str, server: str, querier: Querier, now_ms: int) -> tuple[int, float | None]:
+def _newest(look: Look, metric: str) -> tuple[int, float] | None:
     """The newest sample of a server's metric, unless it ended or is old."""
-    matchers = [Matcher("__name__", "=", metric), Matcher("server", "=", server)]
-    for series in querier.select(matchers, now_ms - _LOOKBACK_MS, now_ms):
-        if series.values and not is_stale(series.values[-1]):
-            return series.at_ms[-1], series.values[-1]
-    return now_ms, None
+    found = [
+        sample for s in look.at(metric, _LOOKBACK_MS) if (sample := last(s)) and sample[0] == s.at_ms[-1]
+    ]
+    return max(found, default=None)

@@ -78,29 +78,34 @@ class ProcessSupervisor:
             return self._state(life, now_ms, alive=alive)
 
     def do(self, step: Step, *, since_ms: int, now_ms: int) -> None:
-        """`restart`: TERM, after `stop_timeout_ms` KILL, and when all are gone the start."""
-        if step.action != "restart":
-            raise ServerError(
-                f"{step.action} of {self.name}: process supervisor knows only restart", permanent=True
-            )
+        """`stop`: TERM, after `stop_timeout_ms` KILL; `start`: a new life; `restart`: the two in turn."""
         with self._locked():
-            life, _ = self._look()
-            if life is not None and life.leader is not None and life.started_at_ms >= since_ms:
-                return
-            if life is None or self._is_cleared(life, since_ms, now_ms):
-                self._spawn(now_ms)
+            life, alive = self._look()
+            match step.action:
+                case "restart":
+                    self._restart(life, since_ms, now_ms)
+                case "stop":
+                    self._stop(life, since_ms, now_ms)
+                case "start" if alive and life:
+                    self._let_run(life, now_ms)
+                case "start" if not _began_since(life, since_ms):
+                    self._refuse_remains(life)
+                    self._spawn(now_ms)
+                case "start":  # it began, and ended again: that is for others to judge
+                    return
+                case _:
+                    raise ServerError(
+                        f"{step.action} of {self.name}: process supervisor knows only restart, stop, start",
+                        permanent=True,
+                    )
 
     def start(self, now_ms: int) -> str:
         """Start it unless it runs; says which. ServerError if remains of the last one still run."""
         with self._locked():
             life, alive = self._look()
-            members = session.members(life.leader) if life and life.leader else []
             if alive and life and life.leader:
                 return f"{self.name} runs already as process {life.leader.pid}"
-            if members:
-                raise ServerError(
-                    f"start {self.name}: processes {members} of the last one still run; restart it instead"
-                )
+            self._refuse_remains(life)
             leader = self._spawn(now_ms)
         return f"{self.name} is starting as process {leader.pid}; its log is {self.log_file}"
 
@@ -108,13 +113,33 @@ class ProcessSupervisor:
         """Ask it to stop for good; call again until `observe` says INACTIVE, for KILL to follow TERM."""
         with self._locked():
             life, _ = self._look()
-            if life is None:
-                return
-            # The first call asks; later ones go on from there: their own time is no new wish.
-            since_ms = now_ms if life.wanted or life.stop_asked_at_ms is None else life.stop_asked_at_ms
-            life = dataclasses.replace(life, wanted=False)
-            self._save(life)
-            self._is_cleared(life, since_ms, now_ms)
+            self._stop(life, now_ms, now_ms)
+
+    def _restart(self, life: _Life | None, since_ms: int, now_ms: int) -> None:
+        if not _began_since(life, since_ms) and (life is None or self._is_cleared(life, since_ms, now_ms)):
+            self._spawn(now_ms)
+
+    def _stop(self, life: _Life | None, since_ms: int, now_ms: int) -> None:
+        if life is None:
+            return
+        # The first call asks; later ones go on from there: their own time is no new wish.
+        if not life.wanted and life.stop_asked_at_ms is not None:
+            since_ms = life.stop_asked_at_ms
+        life = dataclasses.replace(life, wanted=False)
+        self._save(life)
+        self._is_cleared(life, since_ms, now_ms)
+
+    def _let_run(self, life: _Life, now_ms: int) -> None:
+        """Take the wish back that it stop, once its time is over: it swallowed the TERM and runs on."""
+        if not life.wanted and not self._is_stopping(life, now_ms):
+            self._save(dataclasses.replace(life, wanted=True, stop_asked_at_ms=None))
+
+    def _refuse_remains(self, life: _Life | None) -> None:
+        members = session.members(life.leader) if life and life.leader else []
+        if members:
+            raise ServerError(
+                f"start {self.name}: processes {members} of the last one still run; restart it instead"
+            )
 
     def _look(self) -> tuple[_Life | None, bool]:
         """The state file, put right by what really runs, and whether the main process is alive."""
@@ -148,9 +173,12 @@ class ProcessSupervisor:
 
     def _alive_phase(self, life: _Life, now_ms: int) -> SupervisorPhase:
         """DEACTIVATING for as long as the stop may take; who swallowed the TERM is ACTIVE again."""
+        stopping = self._is_stopping(life, now_ms) or not life.wanted
+        return SupervisorPhase.DEACTIVATING if stopping else SupervisorPhase.ACTIVE
+
+    def _is_stopping(self, life: _Life, now_ms: int) -> bool:
         asked_ms = life.stop_asked_at_ms
-        stopping = asked_ms is not None and now_ms - asked_ms <= self.stop_timeout_ms
-        return SupervisorPhase.DEACTIVATING if stopping or not life.wanted else SupervisorPhase.ACTIVE
+        return asked_ms is not None and now_ms - asked_ms <= self.stop_timeout_ms
 
     def _is_cleared(self, life: _Life, since_ms: int, now_ms: int) -> bool:
         """Whether the session is empty; if not, ask it to be (rules 1 and 2)."""
@@ -246,6 +274,10 @@ class ProcessSupervisor:
             except BlockingIOError as error:
                 raise ServerError(f"look at {self.name}: another gpuwatch is at it; ask again") from error
             yield
+
+
+def _began_since(life: _Life | None, since_ms: int) -> bool:
+    return life is not None and life.leader is not None and life.started_at_ms >= since_ms
 
 
 def _ended_phase(life: _Life) -> SupervisorPhase:

@@ -27,13 +27,11 @@ import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from gpuwatch.records import Labels, Sample, ServerPhase
+from gpuwatch.records import CANARY, IS_PAUSED, Labels, Sample, ServerPhase
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-IS_PAUSED: Final = "is_paused"
-CANARY: Final = "canary"
 
 _STOPPED_MS: Final = 2_000
 _NO_STEPS_MS: Final = 5_500  # three scrapes without a step, however they are spaced

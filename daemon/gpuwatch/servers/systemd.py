@@ -1,8 +1,9 @@
-"""Looks at and restarts a systemd service over D-Bus; never starts a unit, never waits for a job.
+"""Looks at, stops and restarts a systemd service over D-Bus; never uses StartUnit, never waits for a job.
 
-Two reads and two verbs: `Properties.GetAll`, a job's `JobType`, `ResetFailedUnit`, `RestartUnit`. The right
-to the verbs comes from a polkit rule for this one unit (`systemd/gpuwatch.polkit.rules`); StartUnit is
-never used, because a rule that allows `start` opens StartTransientUnit, and with it root.
+Two reads and three verbs: `Properties.GetAll`, a job's `JobType`, `ResetFailedUnit`, `StopUnit`,
+`RestartUnit`. The right to the verbs comes from a polkit rule for this one unit
+(`systemd/gpuwatch.polkit.rules`). A stopped unit is started by RestartUnit, because a rule that allows
+`start` opens StartTransientUnit, and with it root.
 
 Started since: systemd's ExecMainStartTimestamp is read from the wall clock, as `since_ms` is. If the wall
 clock is stepped back in between, the new process seems older than the wish; so the monotonic start
@@ -51,12 +52,22 @@ class SystemdSupervisor:
         return units.state(unit, self._job_type(unit))
 
     def do(self, step: Step, *, since_ms: int, now_ms: int) -> None:  # noqa: ARG002 - of the Protocol
-        """`restart`: ResetFailedUnit, then RestartUnit with mode `replace`."""
-        if step.action != "restart":
+        """`restart`, `start`: ResetFailedUnit, then RestartUnit; `stop`: StopUnit; in mode `replace`."""
+        if step.action not in {"restart", "stop", "start"}:
             raise ServerError(
-                f"{step.action} of {self.unit}: systemd supervisor knows only restart", permanent=True
+                f"{step.action} of {self.unit}: systemd supervisor knows only restart, stop, start",
+                permanent=True,
             )
         unit = self._look()
+        if step.action == "stop":
+            self._stop(unit)
+        elif step.action == "restart":
+            self._refuse_forgotten(unit)
+            self._bring_up(unit, since_ms)
+        elif unit.is_over:  # a start takes nobody's server down
+            self._bring_up(unit, since_ms)
+
+    def _refuse_forgotten(self, unit: units.Unit) -> None:
         if unit.is_forgotten:
             raise ServerError(
                 f"restart {self.unit}: it is inactive and systemd has forgotten how it ended, so a stop"
@@ -64,11 +75,17 @@ class SystemdSupervisor:
                 " in After= of gpuwatch.service",
                 permanent=True,
             )
-        if not self._is_under_way(unit) and not self._began_since(unit, since_ms):
-            self._asked_at = since_ms, unit.main_start_monotonic_us
-            self._restart()
 
-    def _restart(self) -> None:
+    def _stop(self, unit: units.Unit) -> None:
+        # Whatever systemd is at: also a start that is under way, and the wait before its own restart.
+        is_coming = unit.is_over and bool(unit.job_path)
+        if (is_coming or not unit.is_over) and self._job_type(unit) != "stop":
+            self._manager("StopUnit", "ss", self.unit, "replace")
+
+    def _bring_up(self, unit: units.Unit, since_ms: int) -> None:
+        if self._is_under_way(unit) or self._began_since(unit, since_ms):
+            return
+        self._asked_at = since_ms, unit.main_start_monotonic_us
         # Our restarts count against StartLimitBurst; without the reset the last one leaves the unit failed.
         # If the reset is refused, the restart itself says what is wrong.
         with contextlib.suppress(ServerError):

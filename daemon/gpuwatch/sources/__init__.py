@@ -15,6 +15,7 @@ from gpuwatch.sources.kernel import kernel_source
 from gpuwatch.sources.nvml import NvmlSource, NvmlStaticSource
 from gpuwatch.sources.probe import ProbeSource
 from gpuwatch.sources.processes import PsutilNames
+from gpuwatch.sources.procfs import Procfs
 from gpuwatch.sources.server_processes import ProcessesSource
 from gpuwatch.sources.trees import Trees
 from gpuwatch.sources.vllm import HealthSource, MetricsSource, local_session
@@ -35,6 +36,7 @@ __all__ = [
     "NvmlStaticSource",
     "ProbeSource",
     "ProcessesSource",
+    "Procfs",
     "PsutilNames",
     "Source",
     "Trees",

@@ -15,6 +15,7 @@ IN_FLIGHT: Final = "server_requests_in_flight"
 LIMIT: Final = "server_limit"
 REFUSED: Final = "server_admission_refused_total"
 PAUSED: Final = "server_guest_paused"
+GUESTS: Final = "server_guests"
 
 METRICS: Final = (
     Metric(
@@ -41,12 +42,21 @@ METRICS: Final = (
         help="1 while the scheduler of an engine is paused, else 0; none where the guest cannot know.",
         labels=("server",),
     ),
+    Metric(
+        name=GUESTS,
+        kind=MetricKind.GAUGE,
+        help="Guests that answer; part is guest (all of them) or door (those that can limit admission).",
+        labels=("server", "part"),
+    ),
 )
 
 
 def values(server: str, figures: Iterable[Figures]) -> Iterator[tuple[Labels, float]]:
     """The series of one server, of what its processes told."""
     told = list(figures)
+    doors = sum(f.admission is not None for f in told)
+    yield Labels.of(GUESTS, server=server, part="guest"), float(len(told))
+    yield Labels.of(GUESTS, server=server, part="door"), float(doors)
     yield from _of_admission(server, [f.admission for f in told if f.admission is not None])
     yield from _of_engines(server, [f.engine for f in told if f.engine is not None])
 

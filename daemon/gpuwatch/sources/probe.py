@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import requests
 
 from gpuwatch import clock
-from gpuwatch.records import Labels, Metric, MetricKind, Sample
+from gpuwatch.records import CANARY, Labels, Metric, MetricKind, Sample
 from gpuwatch.sources.vllm import fetch_small
 
 if TYPE_CHECKING:
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 log = logging.getLogger(__name__)
-
-IS_PAUSED: Final = "is_paused"
-CANARY: Final = "canary"
 
 _PAUSED_S: Final = 2.0
 _MODELS_S: Final = 3.0

@@ -16,6 +16,7 @@ from gpuwatch.records import (
     Notification,
     Refusal,
     Remediation,
+    Revision,
     ServerStart,
     ServerState,
     Transition,
@@ -96,5 +97,5 @@ def _custom(kind: type, value: Any) -> Labels:  # noqa: ANN401 - whatever the JS
 _DECODERS: Final[Mapping[type, msgspec.json.Decoder[Any]]] = {
     # Not strict, because only then a float may stand as "nan" or "inf".
     kind: msgspec.json.Decoder(kind, strict=False, dec_hook=_custom)
-    for kind in (Alert, Transition, ServerState, ServerStart, Remediation, Refusal, Notification)
+    for kind in (Alert, Transition, ServerState, ServerStart, Remediation, Revision, Refusal, Notification)
 }

@@ -134,8 +134,23 @@ SELECT server, {says.utc("began_at_ms")} AS began_at, outcome, {record_ms["healt
 FROM start ORDER BY began_at_ms DESC""")
 
 
+def revisions_of_settings(connection: Connection) -> None:
+    """Version 3: the arguments that servers were given, and who gave them."""
+    says = dialect_of(connection)
+    connection.exec_driver_sql(
+        "CREATE TABLE revision (server TEXT NOT NULL, number BIGINT NOT NULL, created_at_ms BIGINT NOT NULL,"
+        " record TEXT NOT NULL, PRIMARY KEY (server, number))"
+    )
+    connection.exec_driver_sql(f"""
+CREATE VIEW v_revisions AS
+SELECT server, number, {says.utc("created_at_ms")} AS created_at, {says.json("record", "by")} AS made_by,
+  {says.json("record", "why")} AS why, {says.json("record", "parent")} AS parent,
+  {says.json("record", "arguments")} AS arguments
+FROM revision ORDER BY server, number""")
+
+
 Step = Callable[["Connection"], None]
-STATE_STEPS: Final[tuple[Step, ...]] = (first_state_schema, starts_of_servers)
+STATE_STEPS: Final[tuple[Step, ...]] = (first_state_schema, starts_of_servers, revisions_of_settings)
 
 
 def version_of(connection: Connection) -> int:

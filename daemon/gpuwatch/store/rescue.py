@@ -15,7 +15,16 @@ from urllib.parse import quote
 import msgspec
 
 from gpuwatch.errors import StoreError
-from gpuwatch.records import Alert, Notification, Refusal, Remediation, ServerStart, ServerState, Transition
+from gpuwatch.records import (
+    Alert,
+    Notification,
+    Refusal,
+    Remediation,
+    Revision,
+    ServerStart,
+    ServerState,
+    Transition,
+)
 from gpuwatch.store.codec import from_json
 from gpuwatch.store.faults import told
 from gpuwatch.store.rows import UNREADABLE, audit_of, notification_of, transition_of
@@ -26,6 +35,7 @@ from gpuwatch.store.schema import (
     RECEIVER,
     REFUSAL,
     REMEDIATION,
+    REVISION,
     SERVER,
     SETTING,
     START,
@@ -39,6 +49,7 @@ from gpuwatch.store.writing import (
     notification_row,
     refusal_row,
     remediation_row,
+    revision_row,
     server_row,
     start_row,
     transition_row,
@@ -55,7 +66,7 @@ if TYPE_CHECKING:
 _ROWS_AT_ONCE: Final = 500
 _LONGEST_BYTES: Final = 10_000_000  # a damaged length must not have us ask for a gigabyte
 _WIDEST_GAP: Final = 2**40
-_LATER: Final = frozenset({AUDIT.name, START.name})  # an earlier version of the file had none
+_LATER: Final = frozenset({AUDIT.name, START.name, REVISION.name})  # an earlier version of the file had none
 _NOT_DAMAGE: Final = frozenset({"full", "locked", "read_only", "gone"})
 
 
@@ -161,4 +172,5 @@ _REMAKE: Final[Mapping[str, Callable[[Mapping[str, Any]], Columns]]] = {
     SETTING.name: lambda row: _pair(row, "name", "value"),
     AUDIT.name: lambda row: {"id": msgspec.convert(row["id"], int), **audit_row(audit_of(row))},
     START.name: lambda row: start_row(from_json(row["record"], ServerStart)),
+    REVISION.name: lambda row: revision_row(from_json(row["record"], Revision)),
 }

@@ -16,6 +16,7 @@ from gpuwatch.records import (
     Notification,
     Refusal,
     Remediation,
+    Revision,
     ServerStart,
     ServerState,
     StartOutcome,
@@ -29,6 +30,7 @@ from gpuwatch.store.schema import (
     RECEIVER,
     REFUSAL,
     REMEDIATION,
+    REVISION,
     SERVER,
     SETTING,
     START,
@@ -109,6 +111,11 @@ class Rows:
         if server is not None:
             found = found.where(START.c.server == server)
         return self._records(ServerStart, found)
+
+    def revisions(self, server: str) -> list[Revision]:
+        """All sets of arguments that a server has had, the newest first."""
+        found = select(REVISION.c.record).where(REVISION.c.server == server)
+        return self._records(Revision, found.order_by(REVISION.c.number.desc()))
 
     def last_good_start(self, server: str, configuration: str = "") -> ServerStart | None:
         """The newest start that became healthy, with this configuration if one is named."""

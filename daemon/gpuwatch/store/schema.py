@@ -44,6 +44,9 @@ AUDIT: Final = table("audit", *_numbers("id", "at_ms"), *_texts("who", "what", "
 START: Final = table(
     "start", *_texts("server"), *_numbers("began_at_ms"), *_texts("outcome", "configuration", "record")
 )
+REVISION: Final = table(
+    "revision", *_texts("server"), *_numbers("number", "created_at_ms"), *_texts("record")
+)
 
 STATE_TABLES: Final[tuple[TableClause, ...]] = (
     ALERT,
@@ -56,4 +59,5 @@ STATE_TABLES: Final[tuple[TableClause, ...]] = (
     SETTING,
     AUDIT,
     START,
+    REVISION,
 )

@@ -32,6 +32,7 @@ from gpuwatch.store.schema import (
     RECEIVER,
     REFUSAL,
     REMEDIATION,
+    REVISION,
     SERVER,
     SETTING,
     START,
@@ -357,7 +358,7 @@ def _told(losses: Losses) -> str:
 
 
 def _needed(connection: Connection) -> Iterator[tuple[TableClause, Select[*tuple[Any, ...]]]]:
-    for table in (ALERT, SERVER, RECEIVER, SETTING, START):
+    for table in (ALERT, SERVER, RECEIVER, SETTING, START, REVISION):
         yield table, select(table)
     yield REFUSAL, select(REFUSAL).order_by(REFUSAL.c.id)
     phases = sorted(phase.value for phase in LIVE_PHASES)

@@ -19,6 +19,7 @@ from gpuwatch.records import (
     Notification,
     Refusal,
     Remediation,
+    Revision,
     ServerStart,
     ServerState,
     StartOutcome,
@@ -32,6 +33,7 @@ from gpuwatch.store.schema import (
     RECEIVER,
     REFUSAL,
     REMEDIATION,
+    REVISION,
     SERVER,
     SETTING,
     START,
@@ -66,8 +68,8 @@ class Changes:
 
     `alerts` (pending, firing), `servers`, `starts`, `remediations`, `notifications` and `receivers`
     change the row of the same identity, or add it. `ended` alerts leave the active ones. `transitions`
-    are added to the history. `refusals` replace the present ones unless None. `receivers` are the
-    JSON of a delivery state by name. A setting of None is deleted. `audit` is added to what is there.
+    and `revisions` are added to the history. `refusals` replace the present ones unless None. `receivers`
+    are the JSON of a delivery state by name. A setting of None is deleted. `audit` is added to what is there.
     """
 
     alerts: Sequence[Alert] = ()
@@ -81,6 +83,7 @@ class Changes:
     settings: Mapping[str, str | None] = field(default_factory=dict)
     audit: Sequence[Audit] = ()
     starts: Sequence[ServerStart] = ()
+    revisions: Sequence[Revision] = ()
 
 
 def _columns(table: TableClause) -> list[str]:
@@ -144,6 +147,16 @@ def transition_row(transition: Transition) -> Columns:
 def server_row(server: ServerState) -> Columns:
     """The row of a server."""
     return {"name": server.name, "phase": server.phase.value, "record": to_json(server)}
+
+
+def revision_row(revision: Revision) -> Columns:
+    """The row of a set of arguments; what it measured is in the rows of its starts."""
+    return {
+        "server": clean(revision.server),
+        "number": revision.number,
+        "created_at_ms": revision.created_at_ms,
+        "record": to_json(revision),
+    }
 
 
 def start_row(start: ServerStart) -> Columns:
@@ -232,6 +245,7 @@ SAVE: Final[Mapping[str, Executable]] = {
     SETTING.name: upsert(SETTING, "name"),
     AUDIT.name: add(AUDIT),
     START.name: upsert(START, "server", "began_at_ms"),
+    REVISION.name: add(REVISION),
 }
 _END_ALERT: Final = delete(ALERT).where(
     ALERT.c.rule == bindparam("rule"), ALERT.c.labels == bindparam("labels")
@@ -283,6 +297,7 @@ def write_changes(connection: Connection, changes: Changes) -> None:
         save(connection, REFUSAL, [refusal_row(refusal) for refusal in changes.refusals])
     save(connection, AUDIT, [audit_row(audit) for audit in changes.audit])
     save(connection, START, [start_row(start) for start in changes.starts])
+    save(connection, REVISION, [revision_row(revision) for revision in changes.revisions])
     write_settings(connection, changes.settings)
 
 

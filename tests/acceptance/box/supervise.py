@@ -1,6 +1,6 @@
 """Runs as user gpuwatch inside the box: one look or one step a line of standard input, answers in JSON.
 
-`observe UNIT` · `restart UNIT SINCE_MS`; one supervisor a unit, kept, so that its connection is too.
+`observe UNIT` · `restart|stop|start UNIT SINCE_MS`; one supervisor a unit, which is kept.
 """
 
 import dataclasses
@@ -12,15 +12,14 @@ from gpuwatch.errors import ServerError
 from gpuwatch.records import Step
 from gpuwatch.servers import SystemdSupervisor
 
-RESTART = Step(action="restart", within_ms=60_000)
-
 
 def answer(supervisor, verb, *arguments):
     now_ms = SystemClock().now_ms()
     try:
         if verb == "observe":
             return dataclasses.asdict(supervisor.observe(now_ms))
-        supervisor.do(RESTART, since_ms=int(arguments[0]), now_ms=now_ms)
+        step = Step(action=verb, within_ms=60_000)
+        supervisor.do(step, since_ms=int(arguments[0]), now_ms=now_ms)
     except ServerError as error:
         return {"error": str(error), "permanent": error.permanent}
     return {}

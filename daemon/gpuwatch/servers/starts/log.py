@@ -1,4 +1,4 @@
-"""Where a server's log lines come from: the file of a plain process, or systemd's journal; judges no line.
+"""Where a server's log lines come from: a plain process's file, the journal, Docker's engine; judges no line.
 
 Each look reads what is new of one life, 4 MiB of it at most, and the newest of it if there is more. Some
 lines may come twice.
@@ -11,6 +11,7 @@ import json
 import os
 import re
 import threading
+from datetime import datetime
 from typing import IO, TYPE_CHECKING, Any, Final, Protocol
 
 from gpuwatch.errors import ServerError
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from gpuwatch.servers.docker import Engine, Target
+
 MOST_BYTES: Final = 4 * 2**20
 _LONGEST_LINE_BYTES: Final = 64 * 1024
 _MARK: Final = re.compile(rb"gpuwatch: life of .{1,200} begins, (\d{1,15})$")
 _MOST_LINES: Final = 20_000
+_FRACTION: Final = re.compile(r"\.(\d{1,9})")
 
 
 class StartLog(Protocol):
@@ -173,6 +177,53 @@ class JournalLog:
             f"read the journal of {self._unit}: {why}; to cure it, add gpuwatch's user to the group"
             " systemd-journal (docs/operations.md)"
         )
+
+
+class DockerLog:
+    """What Docker's engine keeps of a container's output; needs a logging driver that can be read."""
+
+    def __init__(self, target: Target, engine: Engine) -> None:
+        """Nothing is asked before it is read."""
+        self._target = target
+        self._engine = engine
+        self._began_at_ms: int | None = None
+        self._since = ""
+
+    def lines(self, began_at_ms: int, until_ms: int | None) -> Iterator[str]:
+        """As the Protocol says; at most 20 000 lines."""
+        if began_at_ms != self._began_at_ms:
+            self._began_at_ms, self._since = began_at_ms, f"{began_at_ms / 1000:.3f}000000"
+        container = self._engine.find(self._target)
+        options = {"stdout": 1, "stderr": 1, "timestamps": 1, "tail": _MOST_LINES, "since": self._since}
+        if until_ms is not None:
+            options["until"] = f"{until_ms / 1000:.3f}000000"
+        said = self._engine.get(
+            f"/containers/{container.id}/logs", f"read the log of {self._target}", options
+        )
+        for line in (said if container.has_terminal else _unframed(said)).splitlines():
+            at, _, text = line.decode(errors="replace").partition(" ")
+            yield text
+            self._since = _seconds(at) or self._since
+
+
+def _unframed(said: bytes) -> bytes:
+    """Without the 8 bytes before each piece, the last four being its length; half a piece is dropped."""
+    pieces, begin = [], 8
+    while begin <= len(said):
+        end = begin + int.from_bytes(said[begin - 4 : begin])
+        pieces.append(said[begin:end] if end <= len(said) else b"")
+        begin = end + 8
+    return b"".join(pieces)
+
+
+def _seconds(at: str) -> str:
+    """The engine's RFC 3339 with nanoseconds as its options have it; empty for what is none."""
+    try:
+        whole_s = int(datetime.fromisoformat(at).timestamp())
+    except ValueError:
+        return ""
+    nanoseconds = _FRACTION.search(at)
+    return f"{whole_s}.{nanoseconds[1] if nanoseconds else '':0<9}"
 
 
 def _at(at_us: int) -> str:

@@ -1,0 +1,264 @@
+"""Other settings for a real vLLM server on CPUs, by the real daemon: proved under load, or taken back."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+import requests
+from click.testing import CliRunner
+from tests.acceptance import vllm_cpu
+
+from gpuwatch import cli
+
+PORT = 18261
+URL = f"http://127.0.0.1:{PORT}"
+CONFIG = """\
+state_dir: {state}
+remediation:
+  mode: auto
+  just_started_grace: 1s
+  cooldown: 0s
+  verify_for: 5s
+  budget: {{count: 100, per: 1h}}
+  breaker: {{count: 100, per: 1h}}
+servers:
+  - name: m
+    url: {url}
+    start_deadline: 5m
+    revisions: {state}/revisions
+    bounds: {{max_model_len: [256, 1024], max_num_seqs: [1, 16]}}
+    supervisor:
+      process:
+        command: [{venv}/bin/vllm, serve, --config, {state}/revisions/current.yaml]
+        env: {{PYTHONPATH: "{path}", GPUWATCH_GUEST_DIR: {guests}, VLLM_CPU_OMP_THREADS_BIND: nobind,
+               VLLM_CPU_KVCACHE_SPACE: "1", VLLM_NO_USAGE_STATS: "1", HF_HUB_OFFLINE: "1"}}
+        stop_timeout: 20s
+"""
+BASE = """\
+model: {model}
+port: {port}
+load-format: dummy
+enforce-eager: true
+max-model-len: 1024
+max-num-seqs: 8
+served-model-name: m
+middleware: [gpuwatch_guest.admission.Admission]
+"""
+
+# Each takes a minute and a half; all of them: check, drain, stop, swap, start, canary, open_door.
+KILLED_AT = os.environ.get("GPUWATCH_KILLED_AT", "stop,start").split(",")
+
+pytestmark = vllm_cpu.needed
+
+
+class Host:
+    """The daemon, the server that it keeps, and what a person types."""
+
+    def __init__(self, folder, model):
+        self.folder, self.guests = folder, folder / "guests"
+        self.guests.mkdir()
+        assert CliRunner().invoke(cli.main, ["guest", "install", str(folder / "lib")]).exit_code == 0
+        self.config, self.base = folder / "gpuwatch.yaml", folder / "base.yaml"
+        given = {"state": folder, "url": URL, "venv": vllm_cpu.VENV, "path": folder / "lib"}
+        self.config.write_text(CONFIG.format(**given, guests=self.guests))
+        self.base.write_text(BASE.format(model=model, port=PORT))
+        self.daemon = None
+
+    def start_gpuwatch(self):
+        env = {**os.environ, "GPUWATCH_GUEST_DIR": str(self.guests)}
+        command = [sys.executable, "-m", "gpuwatch", "run", "--config", str(self.config)]
+        self.daemon = subprocess.Popen(command, env=env)
+
+    def kill_gpuwatch(self):
+        self.daemon.kill()
+        self.daemon.wait()
+
+    def gpuwatch(self, *words):
+        command = [sys.executable, "-m", "gpuwatch", *words, "--config", str(self.config)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def set(self, *pairs, why="a test"):
+        self.gpuwatch("config", "set", "m", *pairs, "--why", why, "--yes")
+
+    def newest(self):
+        """The last remediation, as history tells it; None if there is none."""
+        found = json.loads(self.gpuwatch("history", "m", "--json"))
+        found = found["remediations"] if isinstance(found, dict) else found
+        return found[0] if found else None
+
+    def ended(self, after, within_s=300):
+        """The remediation that came after that one, at its end."""
+        seen = wait_for(
+            lambda: (r := self.newest()) and r["id"] != after and r["ended_at_ms"] and r, within_s
+        )
+        print(seen["id"], seen["actions"], seen["phase"], seen["outcome"], seen["facts"], seen.get("account"))
+        return seen
+
+    def revisions(self):
+        return {r["number"]: r for r in json.loads(self.gpuwatch("config", "log", "m", "--json"))}
+
+    def current(self):
+        return int((self.folder / "revisions" / "current.yaml").readlink().stem.removeprefix("rev-"))
+
+    def is_healthy(self):
+        with contextlib.suppress(requests.RequestException):
+            return requests.get(f"{URL}/health", timeout=5).status_code == 200
+        return False
+
+    def processes(self):
+        """Whatever the daemon started as this server: it leads a session of its own."""
+        state = json.loads((self.folder / "process-m.json").read_text())
+        leader = (state["leader"] or {}).get("pid")
+        return [p for p in psutil.process_iter() if leader and session_of(p.pid) == leader and is_alive(p)]
+
+    def end(self):
+        if self.daemon:
+            self.kill_gpuwatch()
+        with contextlib.suppress(FileNotFoundError):
+            ours = self.processes()
+            for process in ours:
+                process.kill()
+            psutil.wait_procs(ours, timeout=30)
+
+
+def session_of(pid):
+    with contextlib.suppress(ProcessLookupError):
+        return os.getsid(pid)
+    return None
+
+
+def is_alive(process):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def wait_for(question, within_s):
+    end_s = time.monotonic() + within_s
+    while time.monotonic() < end_s:
+        if found := question():
+            return found
+        time.sleep(0.3)
+    return pytest.fail(f"not within {within_s} s: {question()}")
+
+
+class Load:
+    """Requests one after the other from some clients; what was let in must be answered in full."""
+
+    def __init__(self, clients=3, tokens=120):
+        self.tokens, self.whole, self.refused, self.lost = tokens, 0, 0, []
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
+
+    def _ask(self):
+        body = {"model": "m", "prompt": [5, 6, 7], "max_tokens": self.tokens, "ignore_eos": True}
+        while not self._over.is_set():
+            try:
+                answer = requests.post(f"{URL}/v1/completions", json=body, timeout=120)
+            except requests.ConnectionError as error:
+                if "refused" not in str(error):
+                    self.lost.append(repr(error))
+                self._over.wait(0.5)  # nobody listens: not let in
+                continue
+            if answer.status_code == 503:
+                self.refused += 1
+                self._over.wait(0.5)
+            elif answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == self.tokens:
+                self.whole += 1
+            else:
+                self.lost.append(answer.text[:200])
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def host(model, tmp_path_factory):
+    host = Host(tmp_path_factory.mktemp("hands"), model)
+    host.start_gpuwatch()
+    try:
+        wait_for((host.folder / "state.db").exists, 20)
+        host.gpuwatch("config", "set", "m", "--file", str(host.base), "--why", "as it was", "--yes")
+        assert host.ended("")["phase"] == "succeeded"
+        assert host.is_healthy()
+        yield host
+    finally:
+        host.end()
+
+
+def test_other_settings_come_under_load_and_no_request_that_ran_is_lost(host):
+    before = host.newest()["id"]
+    with Load() as load:
+        wait_for(lambda: load.whole > 3, 60)
+        host.set("max_num_seqs=4")
+        done = host.ended(before)
+        wait_for(host.is_healthy, 60)
+    print("whole", load.whole, "refused", load.refused, "lost", load.lost)
+    assert (done["phase"], done["outcome"]) == ("succeeded", "restored")
+    assert load.lost == []
+    assert load.refused > 0
+    assert host.revisions()[host.current()]["arguments"]["max_num_seqs"] == 4
+
+
+def test_settings_that_vllm_refuses_touch_nothing(host):
+    before, revision = host.newest()["id"], host.current()
+    leader = host.processes()[0].pid
+    host.set("max_model_len=100000")
+    done = host.ended(before)
+    assert (done["phase"], done["outcome"]) == ("failed", "revision_refused")
+    assert host.current() == revision
+    assert host.processes()[0].pid == leader
+    assert host.is_healthy()
+
+
+def test_settings_that_cannot_start_are_taken_back(host):
+    before, revision = host.newest()["id"], host.current()
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # which the check cannot know
+        host.set(f"port={taken.getsockname()[1]}")
+        done = host.ended(before)
+    assert (done["phase"], done["outcome"]) == ("rolled_back", "died_again")
+    assert host.current() == revision
+    wait_for(host.is_healthy, 60)
+
+
+def test_an_engine_that_dies_is_back_with_the_same_settings(host):
+    before, revision = host.newest()["id"], host.current()
+    (engine,) = [p for p in host.processes() if "EngineCor" in p.name()]
+    engine.kill()
+    done = host.ended(before)
+    assert (done["phase"], done["actions"]) == ("succeeded", ["capture", "restart"])
+    assert host.current() == revision
+    assert host.is_healthy()
+    assert list((host.folder / "bundles").glob(f"{done['id']}*"))
+
+
+@pytest.mark.parametrize("step", KILLED_AT)
+def test_gpuwatch_killed_at_a_step_ends_in_one_of_both(host, step):
+    before = host.newest()["id"]
+    wanted = 8 if host.revisions()[host.current()]["arguments"]["max_num_seqs"] != 8 else 4
+    both = {host.current(), max(host.revisions()) + 1}
+    host.set(f"max_num_seqs={wanted}", why=f"killed at {step}")
+    with contextlib.suppress(BaseException):
+        wait_for(lambda: (r := host.newest())["id"] != before and r["step"] == step, 60)
+    host.kill_gpuwatch()
+    host.start_gpuwatch()
+    done = host.ended(before)
+    assert done["phase"] in {"succeeded", "rolled_back"}
+    assert host.current() in both
+    wait_for(host.is_healthy, 60)
