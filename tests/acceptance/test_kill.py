@@ -53,7 +53,7 @@ class Left:
 
 @pytest.mark.acceptance
 @pytest.mark.timeout(1800)
-def test_two_hundred_kills_lose_neither_state_nor_message(tmp_path):
+def test_kills_lose_neither_state_nor_message(tmp_path):
     began_s = time.time()
     # The robot counts its 20 messages a minute in the recording's minutes, as the daemon does.
     robots_clock = lambda: began_s + (time.time() - began_s) * SPEED  # noqa: E731
