@@ -49,6 +49,8 @@ class Turn:
 
     decisions: dict[tuple[str, Labels], Plan | Refusal] = field(default_factory=dict)
     before: Sequence[Remediation] = ()
+    begun: list[Remediation] = field(default_factory=list)
+    sights: dict[str, Sight] = field(default_factory=dict)  # of the servers that something depends on
     remediations: list[Remediation] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     revisions: list[Revision] = field(default_factory=list)
@@ -84,33 +86,23 @@ class Healing:
     def turn(self, world: World) -> Turn:
         """For each firing alert and each wish a plan, or why none; what is live goes one tick further."""
         turn = Turn(before=self._store.live_remediations())
-        sights: dict[str, Sight] = {}
-        begun: list[Remediation] = []
         for server, change in world.wishes.changes.items():
-            self._grant(server, change, world, sights, begun, turn)
+            self._grant(server, change, world, turn)
         for alert in world.firing:
-            situation = self._situation(alert, world, sights, begun)
+            situation = self._situation(alert, world, turn)
             decision = remediation.decide(situation, self._settings.remediation.mode)
-            turn.decisions[alert.identity] = self._taken(decision, begun, turn, world.now_ms)
+            turn.decisions[alert.identity] = self._taken(decision, turn, world.now_ms)
         turn.refusals += [made for made in turn.decisions.values() if isinstance(made, Refusal)]
-        for present in [*turn.before, *begun]:
-            self._advance(present, world, sights, turn)
+        for present in [*turn.before, *turn.begun]:
+            self._advance(present, world, turn)
         turn.settings |= remediation.wishes.forgotten(turn.remediations)
         return turn
 
-    def _grant(
-        self,
-        server: str,
-        change: remediation.Change,
-        world: World,
-        sights: dict[str, Sight],
-        begun: list[Remediation],
-        turn: Turn,
-    ) -> None:
+    def _grant(self, server: str, change: remediation.Change, world: World, turn: Turn) -> None:
         """What a person wishes of a server's arguments: done, refused for good, or left until it can be."""
         alert = remediation.asked(server, change)
-        decision = remediation.decide_change(self._situation(alert, world, sights, begun), change)
-        made = self._taken(decision, begun, turn, world.now_ms)
+        decision = remediation.decide_change(self._situation(alert, world, turn), change)
+        made = self._taken(decision, turn, world.now_ms)
         if isinstance(made, Refusal):
             turn.refusals.append(made)
             if made.code not in remediation.PASSING:
@@ -118,31 +110,23 @@ class Healing:
         elif made.after is not None:
             turn.settings |= remediation.wishes.granted(server, made.after)
 
-    def _taken(
-        self,
-        decision: remediation.Decision | Refusal,
-        begun: list[Remediation],
-        turn: Turn,
-        now_ms: int,
-    ) -> Plan | Refusal:
+    def _taken(self, decision: remediation.Decision | Refusal, turn: Turn, now_ms: int) -> Plan | Refusal:
         """A plan begins; what it needs is saved with it."""
         if isinstance(decision, Refusal):
             return decision
-        begun.append(remediation.begin(decision.plan, now_ms))
+        turn.begun.append(remediation.begin(decision.plan, now_ms))
         if decision.revision:
             turn.revisions.append(decision.revision)
         return decision.plan
 
-    def _situation(
-        self, alert: Alert, world: World, sights: dict[str, Sight], begun: Sequence[Remediation]
-    ) -> remediation.Situation:
+    def _situation(self, alert: Alert, world: World, turn: Turn) -> remediation.Situation:
         state = self._server_of(alert, world.servers)
         name = state.name if state else ""
         given = self._servers.get(name)
         policy = remediation.choose(self._settings.policies, alert)
         matters = state is not None and (not alert.rule or (policy is not None and bool(policy.steps)))
-        own = [*begun, *self._store.remediations(name, limit=_HISTORY)] if matters else []
-        every = [*begun, *self._store.remediations(limit=_HISTORY)] if matters else []
+        own = [*turn.begun, *self._store.remediations(name, limit=_HISTORY)] if matters else []
+        every = [*turn.begun, *self._store.remediations(limit=_HISTORY)] if matters else []
         return remediation.Situation(
             alert=alert,
             policy=policy,
@@ -156,7 +140,7 @@ class Healing:
             skip_until_ms=world.wishes.skip_until_ms,
             started_at_ms=world.started_at_ms,
             jumped_at_ms=world.jumped_at_ms,
-            sight=self._sight(state, sights, world.now_ms) if state and matters else Sight(),
+            sight=self._sight(state, turn.sights, world.now_ms) if state and matters else Sight(),
             starts=self._store.starts(name, limit=_STARTS) if matters else (),
             revisions=self._store.revisions(name) if matters else (),
             wanted=world.wishes.wanted.get(name),
@@ -197,9 +181,9 @@ class Healing:
 
     # -- advance ---------------------------------------------------------------------------------
 
-    def _advance(self, present: Remediation, world: World, sights: dict[str, Sight], turn: Turn) -> None:
+    def _advance(self, present: Remediation, world: World, turn: Turn) -> None:
         """One remediation one tick further; at its end what it cost, and what of a person's wish is left."""
-        seen = self._seen(present, world, sights)
+        seen = self._seen(present, world, turn)
         moved, step = remediation.advance(present, seen, world.now_ms)
         if moved.phase not in LIVE_PHASES:
             moved = self._accounted(moved, world.now_ms)
@@ -208,7 +192,7 @@ class Healing:
         if step:
             turn.asks.append((moved, step, seen.sight))
 
-    def _seen(self, r: Remediation, world: World, sights: dict[str, Sight]) -> remediation.Seen:
+    def _seen(self, r: Remediation, world: World, turn: Turn) -> remediation.Seen:
         plan, wishes = r.plan, world.wishes
         word, by = wishes.words.get(plan.id, ("", ""))
         state = world.servers.get(plan.server)
@@ -221,7 +205,7 @@ class Healing:
             word=word,
             by=by,
             approval_expires_ms=self._settings.remediation.approval_expires,
-            sight=self._sight(state, sights, world.now_ms) if state and not plan.dry_run else Sight(),
+            sight=self._sight(state, turn.sights, world.now_ms) if state and not plan.dry_run else Sight(),
             new_alerts=_new_alerts(r, world.firing),
         )
 

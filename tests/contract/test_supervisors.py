@@ -138,19 +138,25 @@ class Host:
         wait_until(lambda: not self.members())
 
 
-@pytest.fixture
-def host_of(tmp_path):
+def made(kind, tmp_path):
+    """What makes hosts of a kind, and cleans up after them."""
     hosts = []
 
     def make(*options):
-        host = Host(tmp_path, *options)
-        host.supervisor.env = {**host.supervisor.env, "GPUWATCH_TEST": str(tmp_path)}
+        host = kind(tmp_path, *options)
+        if kind is Host:
+            host.supervisor.env = {**host.supervisor.env, "GPUWATCH_TEST": str(tmp_path)}
         hosts.append(host)
         return host
 
     yield make
     for host in hosts:
         host.clean_up()
+
+
+@pytest.fixture
+def host_of(tmp_path):
+    yield from made(Host, tmp_path)
 
 
 @pytest.fixture
@@ -468,18 +474,7 @@ class Container(Host):
 
 @pytest.fixture(params=[Host, Container])
 def any_of(request, tmp_path):
-    hosts = []
-
-    def make(*options):
-        host = request.param(tmp_path, *options)
-        if request.param is Host:
-            host.supervisor.env = {**host.supervisor.env, "GPUWATCH_TEST": str(tmp_path)}
-        hosts.append(host)
-        return host
-
-    yield make
-    for host in hosts:
-        host.clean_up()
+    yield from made(request.param, tmp_path)
 
 
 @pytest.fixture

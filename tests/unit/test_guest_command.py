@@ -15,6 +15,7 @@ from tests.guests import REGISTER, TORCH, Program, environment, sockets, wait_fo
 
 import gpuwatch
 from gpuwatch import cli
+from gpuwatch.guest import client
 
 guest_command = importlib.import_module("gpuwatch.cli.guest")  # not the command of that name
 
@@ -232,10 +233,10 @@ def test_what_no_process_keeps_is_an_error_that_says_why(tmp_path):
 
 
 def test_a_limit_is_shared_among_the_api_servers_of_one_server():
-    assert guest_command._shares(7, [1, 2, 3]) == {1: 3, 2: 2, 3: 2}
-    assert guest_command._shares(2, [1, 2, 3]) == {1: 1, 2: 1, 3: 0}
-    assert guest_command._shares(0, [1, 2]) == {1: 0, 2: 0}
-    assert guest_command._shares(None, [1, 2]) == {}
+    assert client.shares(7, [1, 2, 3]) == {1: 3, 2: 2, 3: 2}
+    assert client.shares(2, [1, 2, 3]) == {1: 1, 2: 1, 3: 0}
+    assert client.shares(0, [1, 2]) == {1: 0, 2: 0}
+    assert client.shares(None, [1, 2]) == {}
 
 
 def test_a_process_without_a_guest_cannot_be_limited(tmp_path):

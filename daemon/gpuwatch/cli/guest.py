@@ -217,21 +217,13 @@ def _told(
 ) -> dict[int, dict[str, Any] | GuestError]:
     """What each answers that is asked to keep the limits, or its share of them."""
     doors = [pid for pid, answer in members.items() if "admission" in answer] or list(members)
-    shares = _shares(asked["admission"], doors)
+    shares = client.shares(asked["admission"], doors)
     answers: dict[int, dict[str, Any] | GuestError] = {}
     for pid in members:
         own = {**asked, "admission": shares.get(pid), "for_s": for_s}
         paths = {pid: folder / f"{pid}{wire.SOCKET_SUFFIX}"}
         answers |= client.ask_all(paths, "limit", more=own)
     return answers
-
-
-def _shares(total: int | None, pids: list[int]) -> dict[int, int | None]:
-    """One door each, as even as can be; their sum is the whole."""
-    if total is None:
-        return {}
-    each, over = divmod(total, len(pids))
-    return {pid: each + (index < over) for index, pid in enumerate(pids)}
 
 
 def _limit_lines(answers: dict[int, dict[str, Any] | GuestError]) -> list[str]:

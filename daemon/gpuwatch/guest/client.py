@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from . import wire
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
@@ -92,6 +92,14 @@ def ask_all(
             answers[key.data.pid] = _failed(key.data.pid, f"no answer within {within_s:g} s")
             _hang_up(talks, key)
     return answers
+
+
+def shares(total: int | None, pids: Sequence[int]) -> dict[int, int]:
+    """A limit on requests divided among doors, as even as can be: their sum is the whole; none for None."""
+    if total is None or not pids:
+        return {}
+    each, over = divmod(total, len(pids))
+    return {pid: each + (index < over) for index, pid in enumerate(pids)}
 
 
 def pid_of(path: Path) -> int:

@@ -61,7 +61,7 @@ class Inside:
         paths = self._paths()
         held = {pid: _limits(a) for pid, a in _heard(paths, "figures", within_s=_FIGURES_S).items()}
         doors = [pid for pid, limits in held.items() if "door" in limits]
-        shares = dict(zip(doors, _shares(wanted.get("admission"), len(doors)), strict=True))
+        shares = client.shares(wanted.get("admission"), doors)
         asked: dict[tuple[tuple[str, int | None], ...], dict[int, Path]] = defaultdict(dict)
         for pid, had in held.items():
             own = {name: had.get(name) for name in _NAMES} | wanted
@@ -126,14 +126,6 @@ def _limits(figures: Mapping[str, Any]) -> dict[str, int]:
     )
     told["admission"] = door.get("limit") if isinstance(door, dict) else None
     return found | {name: told[name] for name in _NAMES if type(told.get(name)) is int}
-
-
-def _shares(total: int | None, count: int) -> list[int | None]:
-    """As even as can be; their sum is the whole."""
-    if total is None or not count:
-        return [None] * count
-    each, over = divmod(total, count)
-    return [each + (index < over) for index in range(count)]
 
 
 def _lacking(wanted: Mapping[str, int | None], answers: list[dict[str, Any]]) -> dict[str, str]:
