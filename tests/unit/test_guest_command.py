@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import importlib
 import json
 import os
 import signal
@@ -16,8 +15,6 @@ from tests.guests import REGISTER, TORCH, Program, environment, sockets, wait_fo
 import gpuwatch
 from gpuwatch import cli
 from gpuwatch.guest import client
-
-guest_command = importlib.import_module("gpuwatch.cli.guest")  # not the command of that name
 
 # As vLLM finds its plugins: by entry point, from what stands on PYTHONPATH.
 FIND = """
