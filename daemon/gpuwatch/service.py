@@ -159,7 +159,8 @@ class Service:
         self.scheduler.start()
 
     def _schedule(self) -> None:
-        full_second = clock.utc_now().replace(microsecond=0) + dt.timedelta(seconds=1)
+        ahead_ms = 1000 - self.clock.now_ms() % 1000  # a recording's full second comes sooner than the wall's
+        full_second = clock.utc_now() + dt.timedelta(milliseconds=ahead_ms / self.given.speed)
         for job in self.cycle.jobs():
             first = full_second + dt.timedelta(milliseconds=job.offset_ms / self.given.speed)
             self.scheduler.add_job(

@@ -30,7 +30,7 @@ KILLS = int(os.environ.get("GPUWATCH_KILLS", "200"))
 SPEED = min(10.0, 600 / KILLS)  # so that the kills are spread over the whole recording
 LIFE_S = (0.05, 2.7)  # a start takes about one second: a third of the kills meet it
 ANSWER_S = 1.0  # the chats take their time, so that some kills come between a message and its answer
-SHIFT_MS = 6_000  # an evaluation interval of 5 s, and a tick
+SHIFT_MS = 5_000 + int(500 * SPEED)  # an evaluation interval, and half a second in which a start saw nothing
 TOLD = {AlertState.FIRING, AlertState.RESOLVED}
 CONFIG = """\
 state_dir: {state}
