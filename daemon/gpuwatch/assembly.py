@@ -126,11 +126,10 @@ def _hands(
     """What can be done to a server through its supervisor, its guests and its settings."""
 
     def python() -> str:
-        """The interpreter that has vLLM, by the settings, else by a command line of the server."""
-        process = server.supervisor.process if server.supervisor else None
+        """The interpreter that has vLLM, by the settings, else by what the server runs or would run."""
         proc = sources.Procfs()
         lines = [proc.words(m.identity.pid) for m in trees.members(server.name) if m.role == _API]
-        found = map(servers.interpreter_of, [*lines, process.command if process else []])
+        found = map(servers.interpreter_of, [*lines, supervisor.command])
         return str(server.python or next(filter(None, found), ""))
 
     def revision(number: int) -> Revision | None:

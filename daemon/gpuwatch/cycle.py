@@ -91,13 +91,17 @@ class Parts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What one tick saw and did; `summary` is the sentence of the log and of systemd's STATUS."""
+    """What one tick saw and did; `summary` is the sentence of the log and of systemd's STATUS.
+
+    `hurries`: a step was asked for that may be done long before the next second.
+    """
 
     at_ms: int
     summary: str
     transitions: Sequence[Transition] = ()
     remediations: Sequence[Remediation] = ()
     refusals: Sequence[Refusal] = ()
+    hurries: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,4 +434,5 @@ class Cycle:
             transitions=judged.verdict.transitions,
             remediations=advanced,
             refusals=refusals,
+            hurries=any(asked[0].since_ms == self._ticked_at_ms for asked in turn.asks),
         )

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 _MAX_WORKERS: Final = 16
 _INSTANT: Final = dt.timedelta(microseconds=1)
+_HURRY_MS: Final = 300  # after a step was asked for the first time
 _REST_MS: Final = 250  # between two readings out of turn, however much happens
 
 
@@ -176,11 +177,13 @@ class Service:
         self.cycle.guarded(job, now_ms)
         if job.name in self._woken:
             self._woken.discard(job.name)
-            self._tick_at_once()
+            self._tick_soon()
         if job.name == "prune":
             lean.trim_heap()
         if job.name == "tick":
             self._tell_systemd()
+            if self.cycle.last_report.hurries:
+                self._tick_soon(_HURRY_MS)
             if self.recording and self.recording.ended:
                 self.bell.ring()
 
@@ -219,16 +222,16 @@ class Service:
         with contextlib.suppress(JobLookupError):
             self.scheduler.modify_job(job, next_run_time=clock.utc_now())
 
-    def _tick_at_once(self) -> None:
+    def _tick_soon(self, after_ms: float = TICK_GRAIN_MS / 2) -> None:
+        """By default half a tick's grain on: rounded, its instant must not lie before what was read."""
         (tick,) = (job for job in self.cycle.jobs() if job.name == "tick")
-        # Not sooner than half a tick's grain: rounded, its instant must not lie before what was read.
-        soon = clock.utc_now() + dt.timedelta(milliseconds=TICK_GRAIN_MS / 2)
+        soon = clock.utc_now() + dt.timedelta(milliseconds=after_ms)
         self.scheduler.add_job(
             self._run_job,
             "date",
             run_date=soon,
             args=[tick],
-            id="tick at once",
+            id="tick soon",
             executor="line",
             replace_existing=True,
         )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _PRUNE_MS: Final = 600_000
 _SEAL_MS: Final = 60_000
 _SEND_MS: Final = 5_000
-_START_MS: Final = 2_000
+_START_MS: Final = 1_000
 _REQUESTS_A_TURN: Final = 50
 _ROWS_A_REQUEST: Final = 200
 _ROWS_ONE_BY_ONE: Final = 2

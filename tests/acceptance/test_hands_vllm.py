@@ -6,14 +6,13 @@ import os
 import socket
 import subprocess
 import sys
-import threading
-import time
 
 import psutil
 import pytest
 import requests
 from click.testing import CliRunner
 from tests.acceptance import vllm_cpu
+from tests.acceptance.hands import Load, Operator, wait_for
 
 from gpuwatch import cli
 
@@ -58,8 +57,8 @@ KILLED_AT = os.environ.get("GPUWATCH_KILLED_AT", "start").split(",")
 pytestmark = vllm_cpu.needed
 
 
-class Host:
-    """The daemon, the server that it keeps, and what a person types."""
+class Host(Operator):
+    """The daemon, the server that it keeps, and who types."""
 
     def __init__(self, folder, model):
         self.folder, self.guests = folder, folder / "guests"
@@ -85,26 +84,6 @@ class Host:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
-
-    def set(self, *pairs, why="a test"):
-        self.gpuwatch("config", "set", "m", *pairs, "--why", why, "--yes")
-
-    def newest(self):
-        """The last remediation, as history tells it; None if there is none."""
-        found = json.loads(self.gpuwatch("history", "m", "--json"))
-        found = found["remediations"] if isinstance(found, dict) else found
-        return found[0] if found else None
-
-    def ended(self, after, within_s=300):
-        """The remediation that came after that one, at its end."""
-        seen = wait_for(
-            lambda: (r := self.newest()) and r["id"] != after and r["ended_at_ms"] and r, within_s
-        )
-        print(seen["id"], seen["actions"], seen["phase"], seen["outcome"], seen["facts"], seen.get("account"))
-        return seen
-
-    def revisions(self):
-        return {r["number"]: r for r in json.loads(self.gpuwatch("config", "log", "m", "--json"))}
 
     def current(self):
         return int((self.folder / "revisions" / "current.yaml").readlink().stem.removeprefix("rev-"))
@@ -142,52 +121,6 @@ def is_alive(process):
     return False
 
 
-def wait_for(question, within_s):
-    end_s = time.monotonic() + within_s
-    while time.monotonic() < end_s:
-        if found := question():
-            return found
-        time.sleep(0.3)
-    return pytest.fail(f"not within {within_s} s: {question()}")
-
-
-class Load:
-    """Requests one after the other from some clients; what was let in must be answered in full."""
-
-    def __init__(self, clients=3, tokens=120):
-        self.tokens, self.whole, self.refused, self.lost = tokens, 0, 0, []
-        self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
-
-    def _ask(self):
-        body = {"model": "m", "prompt": [5, 6, 7], "max_tokens": self.tokens, "ignore_eos": True}
-        while not self._over.is_set():
-            try:
-                answer = requests.post(f"{URL}/v1/completions", json=body, timeout=120)
-            except requests.ConnectionError as error:
-                if "refused" not in str(error):
-                    self.lost.append(repr(error))
-                self._over.wait(0.5)  # nobody listens: not let in
-                continue
-            if answer.status_code == 503:
-                self.refused += 1
-                self._over.wait(0.5)
-            elif answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == self.tokens:
-                self.whole += 1
-            else:
-                self.lost.append(answer.text[:200])
-
-    def __enter__(self):
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
-
-
 @pytest.fixture(scope="module")
 def host(model, tmp_path_factory):
     host = Host(tmp_path_factory.mktemp("hands"), model)
@@ -204,7 +137,7 @@ def host(model, tmp_path_factory):
 
 def test_other_settings_come_under_load_and_no_request_that_ran_is_lost(host):
     before = host.newest()["id"]
-    with Load() as load:
+    with Load(URL) as load:
         wait_for(lambda: load.whole > 3, 60)
         host.set("max_num_seqs=4")
         done = host.ended(before)

@@ -105,6 +105,7 @@ STARTED_BADLY = ServerStart(
 )
 
 
+UNREAD = ServerStart(server="m", began_at_ms=NOW - 9000, outcome=StartOutcome.HEALTHY)
 BLOCKED = [
     ("no_policy", {"policy": None}),
     ("notify_only", {"policy": config.DEFAULT_POLICIES[-1]}),
@@ -129,6 +130,7 @@ BLOCKED = [
     ("stale_data", {"server": dataclasses.replace(server(), seen_at_ms=NOW - 30_001)}),
     ("supervisor_unknown", {"server": server(supervisor=SupervisorPhase.UNKNOWN)}),
     ("auto_restart", {"server": server(supervisor=SupervisorPhase.AUTO_RESTART)}),
+    ("end_unread", {"server": server(started_at_ms=NOW - 9000), "starts": [UNREAD]}),
     ("starting", {"server": server(supervisor=SupervisorPhase.ACTIVE, starting_since_ms=NOW - 1)}),
     ("starting", {"server": server(supervisor=SupervisorPhase.ACTIVATING)}),
     ("starting", {"server": server(supervisor=SupervisorPhase.DEACTIVATING)}),

@@ -29,6 +29,7 @@ REFUSAL_FACTS = {
     "under_way": ("id",),
     "starting": ("since",),
     "auto_restart": (),
+    "end_unread": (),
     "supervisor_unknown": ("detail",),
     "stale_data": ("age",),
     "just_started": ("left",),

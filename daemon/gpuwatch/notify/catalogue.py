@@ -46,6 +46,7 @@ REFUSALS: Final = {
     "under_way": Phrase("remediation {id} of this server is under way", "该服务的处置 {id} 正在进行"),
     "starting": Phrase("the server has been starting since {since}", "服务自 {since} 起正在启动"),
     "auto_restart": Phrase("systemd restarts it by itself", "systemd 正在自动重启它"),
+    "end_unread": Phrase("what its log says of its end is being read", "正在读取日志中记录的终止原因"),
     "supervisor_unknown": Phrase(
         "the state of its supervisor cannot be read: {detail}", "读不到其管理者的状态：{detail}"
     ),

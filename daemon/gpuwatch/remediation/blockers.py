@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gpuwatch.records import Remediation
 
 _UNDER_WAY: Final = {SupervisorPhase.ACTIVATING, SupervisorPhase.DEACTIVATING}
+_OVER: Final = {SupervisorPhase.INACTIVE, SupervisorPhase.FAILED}
 _STALE_AFTER_MS: Final = 30_000
 _UNHELPFUL: Final = {Phase.FAILED, Phase.ROLLED_BACK}
 _FAILURES_MOST: Final = 2
@@ -135,6 +136,15 @@ def auto_restart(s: Situation) -> Reason | None:
     """Systemd brings it back by itself; two restarts are worse than one."""
     waiting = s.server is not None and s.server.supervisor.phase is SupervisorPhase.AUTO_RESTART
     return Reason("auto_restart") if waiting else None
+
+
+def end_unread(s: Situation) -> Reason | None:
+    """What ended it stands in its log, which is read within a second or two: the cure depends on it."""
+    start = s.starts[0] if s.starts else None
+    if s.server is None or start is None or s.server.supervisor.phase not in _OVER:
+        return None
+    is_open = start.ended_at_ms is None and start.began_at_ms == s.server.supervisor.started_at_ms
+    return Reason("end_unread") if is_open else None
 
 
 def starting(s: Situation) -> Reason | None:
@@ -280,6 +290,7 @@ BLOCKERS: Final[tuple[Blocker, ...]] = (
     stale_data,
     supervisor_unknown,
     auto_restart,
+    end_unread,
     starting,
     server_not_serving,
     no_guest,

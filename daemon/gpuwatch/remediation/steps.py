@@ -290,10 +290,19 @@ def _done_by_errand(code: str) -> Judge:
     return judge
 
 
-_ASKED: Final = StepKind(_done_by_errand("step_failed"), late_fails=True, is_deed=True)
+def _captured(look: Look) -> Found:
+    """Of a server whose processes are gone nothing more is lost: its file is written while it starts anew."""
+    is_begun = errand_key(look.remediation, look.step) in look.sight.errands
+    if is_begun and look.is_gone and look.sight.processes == 0:
+        return True
+    return _DONE_BY_ERRAND(look)
+
+
+_DONE_BY_ERRAND: Final = _done_by_errand("step_failed")
+_ASKED: Final = StepKind(_DONE_BY_ERRAND, late_fails=True, is_deed=True)
 
 STEPS: Final[Mapping[str, StepKind]] = {
-    "capture": StepKind(_done_by_errand("step_failed"), late_fails=False, is_deed=False),
+    "capture": StepKind(_captured, late_fails=False, is_deed=False),
     "run": _ASKED,
     "check": StepKind(_done_by_errand("revision_refused"), late_fails=True, is_deed=False),
     "drain": StepKind(_drained, late_fails=False, is_deed=True),

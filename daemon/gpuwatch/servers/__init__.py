@@ -28,7 +28,7 @@ from gpuwatch.servers.starts.watch import samples as start_samples
 from gpuwatch.servers.systemd import SystemdSupervisor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from gpuwatch.config import ServerSettings
@@ -68,6 +68,9 @@ __all__ = [
 
 class Supervisor(Protocol):
     """What keeps a server's process: systemd, Docker, or gpuwatch itself."""
+
+    command: Sequence[str]
+    """Program and arguments that it starts; empty as long as they are not known."""
 
     def observe(self, now_ms: int) -> SupervisorState:
         """One look, within 2 s; `started_at_ms` is the last start, also of a process that is gone.

@@ -23,7 +23,7 @@ from gpuwatch.servers import container as containers
 from gpuwatch.servers.container import Container, Event
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from docker import APIClient
@@ -63,6 +63,7 @@ class DockerSupervisor:
         """Connect at the first call, not here: the engine may come up after us."""
         self.target = target
         self.stop_timeout_ms = stop_timeout_ms
+        self.command: Sequence[str] = ()  # its paths would be those inside the container
         self._engine = engine
         self._call: _Call | None = None
         self._asked_at: tuple[int, int] | None = None  # (since_ms, started_us then)

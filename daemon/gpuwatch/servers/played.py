@@ -8,7 +8,7 @@ from gpuwatch.errors import ServerError
 from gpuwatch.records import SupervisorPhase, SupervisorState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from gpuwatch.records import Step
 
@@ -17,6 +17,7 @@ class PlayedSupervisor:
     """`has_process(now_ms)` says whether the recording shows a server process then; None: it cannot tell."""
 
     def __init__(self, has_process: Callable[[int], bool | None]) -> None:
+        self.command: Sequence[str] = ()
         self._has_process = has_process
         self._was: bool | None = None
         self._began_ms: int | None = None

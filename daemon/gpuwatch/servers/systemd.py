@@ -20,6 +20,8 @@ from gpuwatch.errors import ServerError
 from gpuwatch.servers import unit as units
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from jeepney import Message
     from jeepney.io.blocking import DBusConnection
 
@@ -45,6 +47,7 @@ class SystemdSupervisor:
         self._bus = bus or Bus(bus_address or "SYSTEM")
         self._path = f"{_MANAGER_PATH}/unit/{_escaped(unit)}"
         self._asked_at: tuple[int, int] | None = None  # (since_ms, main_start_monotonic_us then)
+        self.command: Sequence[str] = ()
 
     def observe(self, now_ms: int) -> SupervisorState:  # noqa: ARG002 - of the Protocol; systemd has its own clock
         """ActiveState, SubState, MainPID, ExecMain*, Result and NRestarts as a record."""
@@ -108,6 +111,7 @@ class SystemdSupervisor:
             self._path, "org.freedesktop.DBus.Properties", ("GetAll", "s", ""), f"read {self.unit}"
         )
         unit = units.Unit.of(body[0])
+        self.command = unit.command
         if unit.is_over and unit.load_state in {"not-found", "masked"}:
             raise ServerError(
                 f"read {self.unit}: systemd says {unit.load_state}; install or unmask the unit, or correct"

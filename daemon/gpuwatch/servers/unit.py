@@ -52,6 +52,7 @@ class Unit:
     active_exit_monotonic_us: int
     restarts: int
     job_path: str
+    command: tuple[str, ...] = ()  # of ExecStart: what the next start runs
 
     @classmethod
     def of(cls, properties: Mapping[str, tuple[str, Any]]) -> Self:
@@ -72,6 +73,7 @@ class Unit:
             active_exit_monotonic_us=value.get("ActiveExitTimestampMonotonic", 0),
             restarts=value.get("NRestarts", 0),
             job_path=job_path if job_id else "",
+            command=next((tuple(start[1]) for start in value.get("ExecStart", ())), ()),
         )
 
     @property

@@ -1,0 +1,79 @@
+"""What is needed to see gpuwatch's hands at work: a person who types, clients, and patience."""
+
+import json
+import threading
+import time
+
+import pytest
+import requests
+
+
+def wait_for(question, within_s, every_s=0.3):
+    end_s = time.monotonic() + within_s
+    while time.monotonic() < end_s:
+        if found := question():
+            return found
+        time.sleep(every_s)
+    return pytest.fail(f"not within {within_s} s: {question()}")
+
+
+class Operator:
+    """What a person types about server `m`, and what is answered; `gpuwatch(*words)` is to run a command."""
+
+    def set(self, *pairs, why="a test"):
+        self.gpuwatch("config", "set", "m", *pairs, "--why", why, "--yes")
+
+    def newest(self):
+        """The last remediation, as history tells it; None if there is none."""
+        found = json.loads(self.gpuwatch("history", "m", "--json"))
+        found = found["remediations"] if isinstance(found, dict) else found
+        return found[0] if found else None
+
+    def ended(self, after, within_s=300):
+        """The remediation that came after that one, at its end."""
+        seen = wait_for(
+            lambda: (r := self.newest()) and r["id"] != after and r["ended_at_ms"] and r, within_s
+        )
+        print(seen["id"], seen["actions"], seen["phase"], seen["outcome"], seen["facts"], seen.get("account"))
+        return seen
+
+    def revisions(self):
+        return {r["number"]: r for r in json.loads(self.gpuwatch("config", "log", "m", "--json"))}
+
+
+class Load:
+    """Requests one after the other from some clients; what was let in must be answered in full."""
+
+    def __init__(self, url, clients=3, tokens=120):
+        self.url, self.tokens = url, tokens
+        self.whole, self.refused, self.lost = 0, 0, []
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
+
+    def _ask(self):
+        body = {"model": "m", "prompt": [5, 6, 7], "max_tokens": self.tokens, "ignore_eos": True}
+        while not self._over.is_set():
+            try:
+                answer = requests.post(f"{self.url}/v1/completions", json=body, timeout=120)
+            except requests.ConnectionError as error:
+                if "refused" not in str(error):
+                    self.lost.append(repr(error))
+                self._over.wait(0.5)  # nobody listens: not let in
+                continue
+            if answer.status_code == 503:
+                self.refused += 1
+                self._over.wait(0.5)
+            elif answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == self.tokens:
+                self.whole += 1
+            else:
+                self.lost.append(answer.text[:200])
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
