@@ -139,12 +139,19 @@ def _hands(
         server,
         supervisor,
         guests=Path(wire.folder()),
-        errands=servers.Errands(folder=settings.state_dir / "errands"),
+        errands=errands(settings.state_dir),
         revisions=servers.Revisions(server.name, server.revisions) if server.revisions else None,
         members=lambda: [member.identity.pid for member in trees.members(server.name)],
         python=python,
         revision_of=revision,
         session=sources.local_session(),
+    )
+
+
+def errands(state_dir: Path) -> servers.Errands:
+    """What runs beside the daemon; its output, which people are told, loses whatever looks like a secret."""
+    return servers.Errands(
+        folder=state_dir / "errands", redact=lambda text: notify.redact(servers.redacted(text))
     )
 
 

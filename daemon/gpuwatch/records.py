@@ -393,13 +393,35 @@ LIVE_PHASES: Final = frozenset(
 )
 
 
+class StepEnd(enum.StrEnum):
+    """How a step ended."""
+
+    DONE = "done"
+    LATE = "late"
+    FAILED = "failed"
+    CALLED_OFF = "called_off"  # cut short, by a person or by what happened meanwhile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PastStep:
+    """A step that is over. `detail` is why it failed, if that was told; `is_undo`: it took something back."""
+
+    action: str
+    began_at_ms: int
+    ended_at_ms: int
+    end: StepEnd
+    is_undo: bool = False
+    detail: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remediation:
     """A plan on its way. `asked_at_ms` is when it first touched the server.
 
     `step_index` counts in `plan.steps`, and in `plan.undo` while it is rolled back; `since_ms` is when the
     present step, or the phase, began. `outcome` is a code and `facts` its figures; `notify.wording` makes the
-    words. `heard` is what the present step was answered. `account` is what it cost and gave, at its end.
+    words. `heard` is what the present step was answered, `course` the steps before it, those of the undo
+    too. `account` is what it cost and gave, at its end.
     """
 
     plan: Plan
@@ -412,6 +434,7 @@ class Remediation:
     outcome: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
     heard: Mapping[str, str] = field(default_factory=dict)
+    course: tuple[PastStep, ...] = ()
     account: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -438,12 +461,14 @@ class Sight:
     """What can be seen of a server for the steps of a remediation; None where it cannot be told.
 
     `in_flight` counts requests in the API, by the doors of its guests; `gpu_holders` are processes of the
-    server, also those that outlived it, that NVML lists on a GPU; `errands` by `PLAN_ID-STEP`.
+    server, also those that outlived it, that NVML lists on a GPU; `rival_bytes` is what others hold there,
+    by the GPU's UUID and the name of the process; `errands` by `PLAN_ID-STEP`.
     """
 
     requests_running: int | None = None
     requests_waiting: int | None = None
     in_flight: int | None = None
+    kv_use_ratio: float | None = None  # of the KV cache of its fullest engine
     doors: int = 0  # API processes whose guest has a door
     guests: int = 0  # processes whose guest answers
     admission_limit: int | None = None  # in force now; None: none
@@ -453,6 +478,7 @@ class Sight:
     free_bytes: Mapping[str, int] = field(default_factory=dict)  # of each GPU that the server uses
     total_bytes: Mapping[str, int] = field(default_factory=dict)
     free_steady_since_ms: int | None = None
+    rival_bytes: Mapping[tuple[str, str], int] = field(default_factory=dict)
     others_growing: bool | None = None  # whether a process that is not the server's takes more and more
     asleep: bool = False
     verdict: str = ""  # of `server_progress`

@@ -307,6 +307,8 @@ def test_a_rival_costs_the_server_a_smaller_share_until_it_is_gone(served):
     assert world.store.remediations() == []
     run_until(world, lambda: world.server.works and world.revisions.current() != 1, 6 * MINUTE)
     assert world.server.shape.gpu_memory_utilization < 0.85
+    reduced = world.store.remediations()[0]
+    assert reduced.plan.signals[f"rival_bytes:{world.gpu.device.uuid} python3"] == str(6 * GIB)
     world.run_for(2 * MINUTE)
     assert world.server.works
     no_rival(world)
@@ -366,6 +368,11 @@ def test_killed_at_any_step_of_a_change_the_server_ends_in_one_of_the_two_revisi
     assert world.server.revision == world.revisions.current() == wanted
     world.run_for(20 * SECOND)
     check_words_and_rows(world)
+    with world.view() as rows:
+        (saved,) = rows.remediations()
+    walked = tuple(past.action for past in saved.course if not past.is_undo)
+    assert walked == STEPS_OF_A_CHANGE[: len(walked) if wanted == 1 else None]
+    assert [p.ended_at_ms for p in saved.course[:-1]] == [p.began_at_ms for p in saved.course[1:]]
 
 
 @pytest.mark.parametrize("step", STEPS_OF_A_CHANGE)

@@ -280,6 +280,10 @@ def test_for_people_it_says_where_the_file_is_and_what_is_missing(host):
     said = CliRunner().invoke(capture, [str(word) for word in command]).output.splitlines()
     assert said[0] == f"{host}/state/bundles/mine.tar.gz: 0.0 MiB"
     assert said[1:] == ["missing: nvidia-smi.txt: run nvidia-smi: there is no such program"]
+    settings = host / "gpuwatch.yaml"
+    settings.write_text(settings.read_text() + "\nlang: zh\n")
+    said = CliRunner().invoke(capture, [str(word) for word in command]).output.splitlines()
+    assert said[1].startswith("缺少")
 
 
 # -- write -------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """`gpuwatch config` as people call it, on a real database, with and without a daemon that writes it."""
 
 import json
+import re
 import time
 from contextlib import closing
 
@@ -9,6 +10,7 @@ from click.testing import CliRunner
 
 from gpuwatch.cli import main
 from gpuwatch.cli.config import changed, config_, difference
+from gpuwatch.cli.plot import columns_of
 from gpuwatch.config import StoreSettings
 from gpuwatch.config.size import Size
 from gpuwatch.errors import ConfigError
@@ -20,6 +22,8 @@ MINUTE = 60_000
 NOW = int(time.time() * 1000)
 BEGAN = NOW - 120 * MINUTE
 OUT = {"model": "m", "max_num_seqs": 256, "gpu_memory_utilization": 0.9}
+
+WHYS = ("原因", "share_down", "more at once", "first")
 
 if "config" not in main.commands:
     main.add_command(config_)
@@ -126,6 +130,24 @@ def test_the_log_tells_of_each_revision_who_why_and_what_it_came_to(busy):
     )
     assert "last good" not in first
     assert "100,000" in first
+
+
+def test_in_chinese_all_that_people_read_is_chinese_and_stands_in_columns(busy):
+    busy.write("lang: zh\n")
+    lines = busy("log", "vllm").splitlines()
+    assert "使用中, 最近可用" in lines[1]
+    assert "0/1" in lines[1]
+    assert {columns_of(line[: line.index(why)]) for line, why in zip(lines, WHYS, strict=False)} == {
+        columns_of(lines[0][: lines[0].index(WHYS[0])])
+    }
+    assert lines[-1].startswith("显存")
+    said = busy("show", "vllm") + busy("diff", "vllm", 2, 2) + busy("set", "vllm", "--why", "w")
+    said += busy("rollback", "vllm", 2, typed="y\n") + busy("log", "vllm")
+    for chinese in ("第 3 版", "内容相同", "没有变化", "提交此修改", "守护进程将在一秒内执行", "尚待执行"):
+        assert chinese in said
+    assert not re.search(r"\b(revision|wish|nothing|waits|by)\b", said)
+    assert busy.wish()["why"] == "回到第 2 版"
+    assert json.loads(busy("log", "vllm", "--json"))[0]["is"] == ["in use", "last good"]
 
 
 def test_the_log_for_programs_has_the_arguments_and_the_figures(busy):

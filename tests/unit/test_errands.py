@@ -9,6 +9,7 @@ import psutil
 import pytest
 from tests.guests import ROOT, wait_for
 
+from gpuwatch import assembly
 from gpuwatch.errors import ServerError
 from gpuwatch.records import ErrandPhase
 from gpuwatch.servers import session
@@ -63,6 +64,26 @@ def test_no_secret_that_it_prints_is_told(errands):
     begin(errands, """echo '{"error": "--api-key s3cret", "token": "bearer: password=s3cret"}'; exit 1""")
     begin(errands, "echo password=s3cret", "plain")
     assert "s3cret" not in repr([ended(errands), ended(errands, "plain")])
+
+
+SECRETS = [
+    "password=s3cret",
+    "Authorization: Bearer s3cret",
+    "curl: (22) https://hooks.slack.com/services/T0AB/B0CD/s3cret said 404",
+    "POST /robot/send?access_token=s3cret",
+    '{"page": {"api_key": "s3cret"}, "token": "s3cret", "argv": ["--token", "s3cret"]}',
+    '{"error": "no answer from https://ann:s3cret@proxy/", "hook": "https://hooks.slack.com/x/T/s3cret"}',
+]
+
+
+@pytest.mark.parametrize("said", SECRETS)
+def test_as_the_daemon_makes_them_they_tell_no_secret_of_any_kind(tmp_path, said):
+    made = assembly.errands(tmp_path)
+    begin(made, 'echo "$SAID"; exit 1', env={**ENV, "SAID": said})
+    told = ended(made)
+    assert told.detail
+    assert "s3cret" not in repr(told)
+    wait_for(lambda: made.look(2000) and not made._shells)
 
 
 def test_its_environment_is_what_was_given_and_a_mark(errands):

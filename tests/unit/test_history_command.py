@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 from contextlib import closing
 
 import pytest
@@ -19,11 +21,13 @@ from gpuwatch.records import (
     Considered,
     Labels,
     Mode,
+    PastStep,
     Phase,
     Plan,
     Refusal,
     Remediation,
     Step,
+    StepEnd,
     Transition,
 )
 from gpuwatch.store.state import open_state
@@ -48,6 +52,19 @@ ACCOUNT = {
 
 def steps(*names, **args):
     return tuple(Step(action=name, within_ms=MINUTE, args=args.get(name, {})) for name in names)
+
+
+def course(*ends, began_ms=0, is_undo=False):
+    """Steps one after another, each with its name, its end and how many seconds it took."""
+    for action, end, seconds in ends:
+        at_ms, began_ms = AT_MS + began_ms, began_ms + seconds * SECOND
+        yield PastStep(
+            action=action, began_at_ms=at_ms, ended_at_ms=AT_MS + began_ms, end=end, is_undo=is_undo
+        )
+
+
+def done(count, names=RECONFIGURE, **more):
+    return course(*((name, StepEnd.DONE, 5) for name in names[:count]), **more)
 
 
 def plan(name="GW-AAAAAA", actions=RESTART, **more):
@@ -133,6 +150,16 @@ def test_each_remediation_tells_why_how_long_and_what_it_cost_the_newest_first(g
         assert figure in cost
 
 
+def test_the_longest_step_is_told_with_how_long_it_took(gpuwatch):
+    walked = course(("drain", StepEnd.DONE, 3), ("start", StepEnd.DONE, 40), ("open_door", StepEnd.DONE, 15))
+    row = remediation(plan(), course=tuple(walked))
+    assert "took 1 m 3 s · longest step start 40 s" in gpuwatch(history, remediations=[row])
+    (found,) = json.loads(gpuwatch(history, "--json"))
+    assert found["longest_step"] == {"action": "start", "took_ms": 40 * SECOND}
+    at_once = remediation(plan(), course=tuple(course(("drain", StepEnd.DONE, 0))))
+    assert "longest" not in gpuwatch(history, remediations=[at_once])
+
+
 def test_a_change_of_arguments_tells_which_person_made_it_and_the_revisions(gpuwatch):
     wished = plan(actions=RECONFIGURE, by="alice", before=3, after=4, kind=ActionClass.RECONFIGURE)
     text = gpuwatch(history, remediations=[remediation(wished, Phase.ROLLED_BACK)])
@@ -197,6 +224,11 @@ def test_names_of_strangers_do_not_command_the_terminal(gpuwatch):
         assert "eve\ufffd[2J" in text
 
 
+@pytest.mark.parametrize(("command", "said"), [(history, "尚未做过任何处置"), (why, "当前没有未执行的处置")])
+def test_in_chinese_nothing_is_told_in_chinese(gpuwatch, command, said):
+    assert gpuwatch(command, lang="zh") == f"{said}\n"
+
+
 # -- why -------------------------------------------------------------------------------------------------
 
 
@@ -247,37 +279,109 @@ def test_a_decision_tells_what_was_seen_and_considered_and_who_said_yes(gpuwatch
     assert "eve " not in text
 
 
-def states(gpuwatch, row):
+def told(gpuwatch, row):
     (found,) = json.loads(gpuwatch(why, row.plan.id, "--json", remediations=[row]))
-    return [step["state"] for step in found["steps"]], [step["state"] for step in found["undo"]]
+    return found["steps"], found["undo"]
+
+
+def test_in_chinese_a_decision_is_told_in_chinese(gpuwatch):
+    signals = {"summary": "qwen is down", "summary_zh": "qwen 已宕机", "kv_use_ratio": "0.93", "wanted": "3"}
+    signals["rival_bytes:GPU-0 train.py"] = str(40 * GIB)
+    its_plan = dataclasses.replace(
+        DECIDED, signals=signals, undo=steps("swap", "stop", swap={"revision": "3"})
+    )
+    row = remediation(its_plan, Phase.APPLYING, step=1, course=tuple(done(1)))
+    found = cells(gpuwatch(why, "GW-AAAAAA", lang="zh", remediations=[row]))
+    assert found["所见"] == [
+        "摘要 qwen 已宕机",
+        "KV缓存占用 93 %",
+        "期望的版本 3",
+        "其他进程占用 GPU-0 train.py 40 GiB",
+    ]
+    assert found["考虑过"][1] == "max_num_seqs: 选中 (由 256, 改为 128)"
+    assert re.split(r"\s{2,}", found["步骤"][0]) == ["步骤", "开始时间", "耗时", "限时", "结果"]
+    assert [line.split()[-1] for line in found["步骤"][1:4]] == ["已完成", "进行中", "未到达"]
+    assert found["回退"][0].startswith("切换配置 (第 3 版)")
+    assert "summary_zh" not in gpuwatch(why, "GW-AAAAAA")
+
+
+def test_in_english_a_summary_is_in_english(gpuwatch):
+    signals = {"summary": "qwen is down", "summary_zh": "qwen 已宕机"}
+    row = remediation(dataclasses.replace(DECIDED, signals=signals))
+    assert cells(gpuwatch(why, "GW-AAAAAA", remediations=[row]))["seen"] == ["summary qwen is down"]
+
+
+def states(gpuwatch, row):
+    return tuple([step["state"] for step in walk] for walk in told(gpuwatch, row))
+
+
+UNDO = ("swap", "stop", "start")
 
 
 def test_steps_tell_how_far_it_has_come(gpuwatch):
-    done, undo = states(gpuwatch, remediation(DECIDED, Phase.APPLYING, step=2))
-    assert done == ["done", "done", "under_way", *["open"] * 5]
+    applying = remediation(DECIDED, Phase.APPLYING, step=2, course=tuple(done(2)))
+    walk, undo = states(gpuwatch, applying)
+    assert walk == ["done", "done", "under_way", *["open"] * 5]
     assert undo == ["open"] * 3
-    assert states(gpuwatch, remediation(DECIDED, Phase.VERIFYING, step=7))[0] == ["done"] * 8
+    verifying = remediation(DECIDED, Phase.VERIFYING, step=7, course=tuple(done(8)))
+    assert states(gpuwatch, verifying)[0] == ["done"] * 8
     assert states(gpuwatch, remediation(DECIDED, Phase.AWAITING_APPROVAL))[0] == ["open"] * 8
 
 
+def test_each_step_tells_when_it_began_and_when_it_was_over(gpuwatch):
+    walked = (("check", StepEnd.DONE, 9), ("drain", StepEnd.LATE, 60), ("stop", StepEnd.FAILED, 2))
+    row = remediation(DECIDED, Phase.ROLLING_BACK, lasted_ms=71 * SECOND, course=tuple(course(*walked)))
+    walk, undo = told(gpuwatch, row)
+    spans = [(step["state"], step["began_at_ms"], step["ended_at_ms"]) for step in (*walk[:4], *undo[:2])]
+    assert spans == [
+        ("done", AT_MS, AT_MS + 9 * SECOND),
+        ("late", AT_MS + 9 * SECOND, AT_MS + 69 * SECOND),
+        ("failed", AT_MS + 69 * SECOND, AT_MS + 71 * SECOND),
+        ("open", None, None),
+        ("under_way", AT_MS + 71 * SECOND, None),
+        ("open", None, None),
+    ]
+
+
+def test_people_read_the_steps_as_a_table(gpuwatch):
+    walked = [
+        *course(("check", StepEnd.DONE, 9), ("drain", StepEnd.LATE, 60)),
+        *course(("swap", StepEnd.CALLED_OFF, 1), began_ms=69 * SECOND, is_undo=True),
+    ]
+    walked[1] = dataclasses.replace(walked[1], detail="17 in hand")
+    found = cells(gpuwatch(why, "GW-AAAAAA", remediations=[remediation(DECIDED, course=tuple(walked))]))
+    table = [re.split(r"\s{2,}", line) for line in (*found["steps"][:3], found["undo"][0])]
+    assert table[0] == ["step", "began", "took", "within", "how it ended"]
+    assert [(row[0], *row[2:]) for row in table[1:]] == [
+        ("check the settings", "9 s", "1 m", "done"),
+        ("drain", "1 m", "1 m", "not done in time: 17 in hand"),
+        ("change the settings", "1 s", "1 m", "called off"),
+    ]
+    assert all(re.match(r"2026-11-2\d \d\d:\d\d:\d\d ", row[1]) for row in table[1:])
+
+
 def test_a_step_that_failed_is_told_and_how_far_it_was_taken_back(gpuwatch):
-    failed = {"facts": {"step": "start", "detail": "d"}, "outcome": "died_again"}
-    done, undo = states(gpuwatch, remediation(DECIDED, Phase.ROLLING_BACK, step=1, **failed))
-    assert done == [*["done"] * 5, "failed", "open", "open"]
+    failed = (*done(5), *course(("start", StepEnd.FAILED, 9)))
+    rolling = remediation(DECIDED, Phase.ROLLING_BACK, step=1, course=(*failed, *done(1, UNDO, is_undo=True)))
+    walk, undo = states(gpuwatch, rolling)
+    assert walk == [*["done"] * 5, "failed", "open", "open"]
     assert undo == ["done", "under_way", "open"]
-    assert states(gpuwatch, remediation(DECIDED, Phase.ROLLED_BACK, step=2, **failed))[1] == ["done"] * 3
-    failed["facts"]["undo_step"] = "stop"
-    assert states(gpuwatch, remediation(DECIDED, Phase.FAILED, **failed))[1] == ["done", "failed", "open"]
+    back = remediation(DECIDED, Phase.ROLLED_BACK, step=2, course=(*failed, *done(3, UNDO, is_undo=True)))
+    assert states(gpuwatch, back)[1] == ["done"] * 3
 
 
 def test_how_far_it_came_is_unknown_where_no_row_tells(gpuwatch):
-    called_off = remediation(DECIDED, Phase.ROLLED_BACK, step=2, outcome="aborted_by", facts={"by": "pause"})
-    assert states(gpuwatch, called_off)[0] == ["unknown"] * 8
+    older = remediation(DECIDED, Phase.ROLLED_BACK, step=2, asked_at_ms=AT_MS)
+    assert states(gpuwatch, older)[0] == ["unknown"] * 8
 
 
-def test_where_the_proof_failed_all_steps_were_done(gpuwatch):
-    relapsed = remediation(DECIDED, Phase.ROLLED_BACK, step=2, outcome="relapsed")
-    assert states(gpuwatch, relapsed)[0] == ["done"] * 8
+def test_a_command_s_secrets_are_not_shown(gpuwatch):
+    command = json.dumps(["/opt/page", "--token", "s3cret"])
+    its_plan = plan(actions=("run",))
+    its_plan = dataclasses.replace(its_plan, steps=steps("run", run={"command": command}))
+    row = remediation(its_plan)
+    assert "/opt/page" in gpuwatch(why, "GW-AAAAAA", remediations=[row])
+    assert "s3cret" not in gpuwatch(why, "GW-AAAAAA") + gpuwatch(why, "GW-AAAAAA", "--json")
 
 
 def test_the_bundle_is_named_if_it_is_there(gpuwatch, tmp_path):

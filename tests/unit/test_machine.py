@@ -26,6 +26,7 @@ from gpuwatch.records import (
     Sight,
     StartOutcome,
     Step,
+    StepEnd,
     SupervisorPhase,
     SupervisorState,
 )
@@ -194,9 +195,9 @@ JUDGED = [
     ("capture", {}, None, sees(), 0, {}, False),
     ("capture", {}, None, errand(RUNNING, "GW-1-capture"), 5, {}, False),
     ("capture", {}, None, errand(DONE, "GW-1-capture"), 5, {}, True),
-    ("capture", {}, None, errand(BAD, "GW-1-capture"), 5, {}, True),
-    ("capture", {}, None, sees(), 60, {}, True),
-    ("capture", {}, None, sees(), 0, {"heard": {"failed": "no disk"}}, True),
+    ("capture", {}, None, errand(BAD, "GW-1-capture"), 5, {}, "step_failed"),
+    ("capture", {}, None, sees(), 60, {}, "step_late"),
+    ("capture", {}, None, sees(), 0, {"heard": {"failed": "no disk"}}, "step_failed"),
     ("run", {}, None, errand(DONE, "GW-1-run"), 5, {}, True),
     ("run", {}, None, errand(DONE, "GW-2-run"), 5, {}, False),
     ("run", {}, None, errand(BAD, "GW-1-run"), 5, {}, "step_failed"),
@@ -212,7 +213,7 @@ JUDGED = [
     ("drain", {}, serving(), dataclasses.replace(SHUT, requests_waiting=1), 1, {}, False),
     ("drain", {}, serving(), dataclasses.replace(SHUT, in_flight=1), 1, {}, False),
     ("drain", {}, serving(), sees(doors=1, admission_limit=0), 1, {}, True),  # nothing else is known
-    ("drain", {}, serving(), dataclasses.replace(SHUT, in_flight=1), 60, {}, True),  # late
+    ("drain", {}, serving(), dataclasses.replace(SHUT, in_flight=1), 60, {}, "step_late"),
     ("drain", {}, serving(), sees(doors=1, in_flight=3, verdict="stalled"), 0, {}, True),
     ("drain", {}, server(), sees(doors=1, in_flight=3), 0, {}, True),
     ("stop", {}, server(), sees(processes=0), 0, {}, True),
@@ -262,7 +263,7 @@ JUDGED = [
     ("open_door", {}, ANEW, sees(doors=1), 14, {}, False),
     ("open_door", {}, ANEW, sees(doors=1), 15, {}, True),
     ("open_door", {}, ANEW, sees(doors=1, admission_limit=64), 15, {}, False),
-    ("open_door", {}, ANEW, sees(doors=1, admission_limit=64), 60, {}, True),
+    ("open_door", {}, ANEW, sees(doors=1, admission_limit=64), 60, {}, "step_late"),
     ("limit_admission", {"limit": "4"}, serving(), sees(doors=1, admission_limit=4), 0, {}, True),
     ("limit_admission", {"limit": "4"}, serving(), sees(doors=2, admission_limit=8), 0, {}, True),
     ("limit_admission", {"limit": "4"}, serving(), sees(doors=1, admission_limit=8), 0, {}, False),
@@ -274,11 +275,11 @@ JUDGED = [
     ("limit_running", {"limit": "4"}, serving(), sees(), 10, {}, "no_guest"),
     ("hold", {"for_ms": "9000"}, serving(), sees(), 8, {}, False),
     ("hold", {"for_ms": "9000"}, serving(), sees(), 8, {"good_since_ms": NOW - 1001}, True),
-    ("hold", {"for_ms": "9000"}, serving(), sees(), 60, {}, True),
+    ("hold", {"for_ms": "9000"}, serving(), sees(), 60, {}, "step_late"),
     ("lift", {}, serving(), sees(admission_limit=4), 0, {}, False),
     ("lift", {}, serving(), sees(running_limit=4), 0, {}, False),
     ("lift", {}, serving(), sees(), 0, {}, True),
-    ("lift", {}, serving(), sees(running_limit=4), 60, {}, True),
+    ("lift", {}, serving(), sees(running_limit=4), 60, {}, "step_late"),
     ("release_cache", {}, serving(), sees(), 0, {}, False),
     ("release_cache", {}, serving(), sees(), 0, {"heard": {"done": "yes"}}, True),
     ("release_cache", {}, serving(), sees(), 0, {"heard": {"failed": "busy"}}, "step_failed"),
@@ -995,6 +996,43 @@ def test_a_reconfiguration_walks_through_and_is_proved():
     assert list(dict.fromkeys(host.asked)) == ["capture", *RECONFIGURE.replace(" canary", "").split()]
 
 
+def course(r, *, is_undo=False):
+    return [(past.action, past.end) for past in r.course if past.is_undo is is_undo]
+
+
+def test_the_times_of_all_steps_are_kept_and_leave_no_gap():
+    r = walk(Host(), wished("capture", "reconfigure"))
+    assert course(r) == [(name, StepEnd.DONE) for name in ("capture", *RECONFIGURE.split())]
+    assert r.course[0].began_at_ms == NOW
+    assert [p.ended_at_ms for p in r.course[:-1]] == [p.began_at_ms for p in r.course[1:]]
+    spans = {past.action: past.ended_at_ms - past.began_at_ms for past in r.course}
+    assert spans["start"] >= 5 * SECOND  # it loads so long
+    assert spans["open_door"] == 15 * SECOND
+
+
+def test_a_step_that_failed_is_kept_with_its_reason_and_so_are_those_of_the_undo():
+    r = walk(Host(bad=frozenset({AFTER})), wished("reconfigure"))
+    assert course(r)[-2:] == [("swap", StepEnd.DONE), ("start", StepEnd.FAILED)]
+    assert next(past.detail for past in r.course if past.end is StepEnd.FAILED) == r.facts["detail"]
+    assert course(r, is_undo=True) == [(name, StepEnd.DONE) for name in REVERT.split()]
+
+
+def test_a_step_that_was_cut_short_is_kept_as_called_off():
+    r = walk(Host(), wished("restart"), aborted_at=2)
+    assert course(r) == [("drain", StepEnd.CALLED_OFF)]
+    assert course(r, is_undo=True) == [("start", StepEnd.DONE), ("open_door", StepEnd.DONE)]
+
+
+def test_what_could_not_be_done_and_was_passed_over_is_kept_as_it_ended():
+    r, _ = remediation.advance(wished("capture", "restart"), seen(serving()), NOW)
+    r = remediation.refused(r, "no space left", NOW)
+    busy = sees(doors=1, in_flight=3)
+    r, _ = remediation.advance(r, seen(serving(), busy), NOW + SECOND)
+    r, _ = remediation.advance(r, seen(serving(), busy), NOW + 61 * SECOND)
+    assert course(r) == [("capture", StepEnd.FAILED), ("drain", StepEnd.LATE)]
+    assert [past.detail for past in r.course] == ["no space left", ""]
+
+
 def test_the_drain_loses_no_request_that_was_in_hand():
     host = Host()
     walk(host, wished("restart"))
@@ -1020,6 +1058,7 @@ def test_killed_at_any_tick_a_reconfiguration_goes_on(tick):
     host = Host()
     r = walk(host, wished("reconfigure"), killed_at=range(tick, tick + 3))
     assert (r.phase, host.process[1], host.revision) == (Phase.SUCCEEDED, AFTER, AFTER)
+    assert course(r) == [(name, StepEnd.DONE) for name in RECONFIGURE.split()]
 
 
 @pytest.mark.parametrize("tick", range(60))
@@ -1136,8 +1175,21 @@ def check_row(was, r, step, look):
         assert r.plan.mode is not Mode.OBSERVE
         assert not r.plan.dry_run
         assert not look.paused or r.phase is Phase.ROLLING_BACK
+    check_course(r)
     if was.phase not in LIVE_PHASES:
         assert r == was
+
+
+def check_course(r):
+    """What is over is the beginning of each walk, up to the present step, without a gap."""
+    for steps, is_undo in ((r.plan.steps, False), (r.plan.undo, True)):
+        names = [past.action for past in r.course if past.is_undo is is_undo]
+        assert names == [step.action for step in steps[: len(names)]]
+        if r.phase is (Phase.ROLLING_BACK if is_undo else Phase.APPLYING):
+            assert len(names) == r.step_index
+    assert all(past.began_at_ms <= past.ended_at_ms <= r.since_ms for past in r.course)
+    undone = [past.is_undo for past in r.course]
+    assert undone == sorted(undone)
 
 
 @given(PLANS, TICKS)

@@ -272,3 +272,39 @@ def test_a_class_of_actions_may_have_a_mode_of_its_own():
     heavy = remediation.decide(situation(limits=limits), Mode.OBSERVE)
     assert (light.plan.mode, light.plan.dry_run) == (Mode.AUTO, False)
     assert (heavy.plan.mode, heavy.plan.dry_run) == (Mode.OBSERVE, True)
+
+
+def test_a_plan_keeps_the_summary_in_each_language_that_it_has():
+    alert = dataclasses.replace(ALERT, annotations={"summary": "m is down", "summary_zh": "m 已宕机"})
+    signals = remediation.decide(situation(alert=alert), Mode.AUTO).plan.signals
+    assert (signals["summary"], signals["summary_zh"]) == ("m is down", "m 已宕机")
+    assert "summary_zh" not in remediation.decide(situation(), Mode.AUTO).plan.signals
+
+
+def test_a_plan_keeps_how_full_the_kv_cache_was():
+    decision = remediation.decide(situation(sight=Sight(kv_use_ratio=0.93)), Mode.AUTO)
+    assert decision.plan.signals["kv_use_ratio"] == "0.93"
+    assert "kv_use_ratio" not in remediation.decide(situation(), Mode.AUTO).plan.signals
+
+
+RIVALS = Sight(
+    rival_bytes={("GPU-0", "a"): 5, ("GPU-0", "VLLM::Worker"): 40, ("GPU-1", "b"): 30, ("GPU-1", "c"): 20}
+)
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        ("memory_share_not_free", ["GPU-0 VLLM::Worker", "GPU-1 b", "GPU-1 c"]),
+        ("runtime_oom", ["GPU-0 VLLM::Worker", "GPU-1 b", "GPU-1 c"]),
+        ("port_busy", []),
+        ("", []),
+    ],
+)
+def test_of_a_failure_of_memory_the_three_who_held_most_are_kept_by_name(failure, told):
+    died = dataclasses.replace(STARTED_BADLY, failure=failure)
+    decision = remediation.decide(situation(policy=steps("capture"), starts=[died], sight=RIVALS), Mode.AUTO)
+    signals = decision.plan.signals
+    kept = [name.partition(":")[2] for name in signals if name.startswith("rival_bytes:")]
+    assert kept == told
+    assert not told or signals["rival_bytes:GPU-0 VLLM::Worker"] == "40"

@@ -62,12 +62,13 @@ def held(size=100 * GIB, uuid="GPU-0", process="VLLM::EngineCore", owner="vllm",
     return {Labels.of("gpu_process_memory_used_bytes", **labels): float(size)}
 
 
-def page(running=0, waiting=0, engine="0", tokens=0.0, awake=1.0):
+def page(running=0, waiting=0, engine="0", tokens=0.0, awake=1.0, kv_use=0.0):
     one = {"server": "qwen", "engine": engine, "model_name": "m"}
     return {
         Labels.of("vllm:num_requests_running", **one): float(running),
         Labels.of("vllm:num_requests_waiting", **one): float(waiting),
         Labels.of("vllm:generation_tokens_total", **one): float(tokens),
+        Labels.of("vllm:kv_cache_usage_perc", **one): kv_use,
         Labels.of("vllm:engine_sleep_state", sleep_state="awake", **one): float(awake),
         Labels.of("vllm:engine_sleep_state", sleep_state="discard_all", **one): float(not awake),
     }
@@ -132,6 +133,12 @@ def test_requests_are_those_of_all_engines_while_the_page_is_fresh():
     assert host.sight().requests_running == 4
     host.now_ms += 1
     assert host.sight().requests_running is None
+
+
+def test_the_use_of_the_kv_cache_is_that_of_the_fullest_engine_while_the_page_is_fresh():
+    host = Host().second(page=page(kv_use=0.25) | page(engine="1", kv_use=0.75))
+    assert host.sight().kv_use_ratio == 0.75
+    assert host.second(page={}).sight().kv_use_ratio is None
 
 
 def test_requests_of_a_page_that_ended_are_not_known_at_once():
@@ -286,6 +293,25 @@ def test_free_memory_that_crept_is_not_steady():
 
 def other(size, name="train.py"):
     return held(size, process=name, owner="foreign", server="")
+
+
+def test_rivals_are_those_who_hold_memory_of_its_gpus_now_and_are_not_its_own():
+    both = gpu() | gpu("GPU-1") | held() | other(10 * GIB) | held(GIB, "GPU-1", "nvtop", "foreign", "")
+    host = Host().second(nvml=both | other(2 * GIB, "gone") | held(owner="orphan", server=""))
+    host.second(nvml=both | held(3 * GIB, process="VLLM::EngineCore", server="other"))
+    expected = {("GPU-0", "train.py"): 10 * GIB, ("GPU-0", "VLLM::EngineCore"): 3 * GIB}
+    assert host.sight().rival_bytes == expected
+
+
+def test_two_of_one_name_are_one_rival():
+    users = [
+        Labels.of(
+            "gpu_process_memory_used_bytes", uuid="GPU-0", process="python3", owner="foreign", user=user
+        )
+        for user in ("ann", "bob")
+    ]
+    host = Host().second(nvml=gpu() | held() | dict.fromkeys(users, float(GIB)))
+    assert host.sight().rival_bytes == {("GPU-0", "python3"): 2 * GIB}
 
 
 def test_somebody_else_who_holds_what_he_held_does_not_grow():

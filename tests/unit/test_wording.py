@@ -14,7 +14,7 @@ from gpuwatch.errors import NotifyError
 from gpuwatch.notify import Decision, Message, Tone, compose, duration, words
 from gpuwatch.notify.catalogue import CATALOGUE, OUTCOMES, REFUSALS
 from gpuwatch.notify.wording import clock_time, needs_person
-from gpuwatch.records import AlertState, Mode, Phase, ServerPhase, SupervisorPhase
+from gpuwatch.records import AlertState, Mode, Phase, ServerPhase, StepEnd, SupervisorPhase
 
 REFUSAL_FACTS = {
     "observe_mode": (),
@@ -146,6 +146,7 @@ def test_both_languages_of_a_phrase_have_the_same_fields_and_are_not_empty(code)
         ("remediation", Phase),
         ("supervisor", SupervisorPhase),
         ("mode", Mode),
+        ("step_state", StepEnd),
     ],
 )
 def test_every_state_that_a_person_can_see_has_a_word(group, members):

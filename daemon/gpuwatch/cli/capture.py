@@ -18,7 +18,7 @@ import click
 
 import gpuwatch
 from gpuwatch import clock
-from gpuwatch.cli.options import open_view, path_option, settings_of, state_option
+from gpuwatch.cli.options import open_view, path_option, settings_of, state_option, told
 from gpuwatch.errors import ConfigError
 from gpuwatch.guest import wire
 
@@ -36,11 +36,6 @@ _ROWS: Final = 20
 _TRANSITIONS: Final = 200
 _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,120}")
 _LEAST_SECRET: Final = 6  # a shorter one would stand in every second word
-# `"--api-key", "…"`: an option and its value as two elements of a list, however often they are quoted.
-_IN_LISTS: Final = re.compile(
-    r"(?i)(--[\w-]{0,40}(?:key|password|passwd|secret|token|credentials?|authorization)\\*[\"']\s*,\s*(\\*[\"']))"
-    r".*?(?=\2)"
-)
 
 
 @click.command()
@@ -81,7 +76,7 @@ def capture(  # noqa: PLR0913 (click's options)
         return
     click.echo(f"{written.path}: {written.size_bytes / 2**20:.1f} MiB")
     for error in written.errors:
-        click.echo(f"missing: {error}")
+        click.echo(told(settings, "capture.missing", detail=error))
 
 
 def captured(
@@ -110,7 +105,7 @@ def redactor(secrets: Iterable[str]) -> Callable[[str], str]:
     def clean(text: str) -> str:
         for secret in known:
             text = text.replace(secret, "***")
-        return redact(redacted(_IN_LISTS.sub(r"\1***", text)))
+        return redact(redacted(text))
 
     return clean
 

@@ -12,14 +12,14 @@ import click
 
 from gpuwatch import clock
 from gpuwatch.cli.options import path_option, settings_of, state_option, wish
-from gpuwatch.cli.revisionlog import NOTE, Books, books_of, local, log_of, table
+from gpuwatch.cli.revisionlog import Books, books_of, local, log_of, table
 from gpuwatch.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from gpuwatch.config import ServerSettings
-    from gpuwatch.records import Argument
+    from gpuwatch.records import Argument, Revision
 
 _LOOSE_TRUTH: Final = re.compile(r"(?i:true|false|yes|no|on|off)")
 
@@ -44,7 +44,8 @@ def log(name: str, config_path: Path | None, state_dir: Path | None, as_json: bo
     if as_json:
         click.echo(json.dumps(rows, ensure_ascii=False))
     else:
-        click.echo(f"{table(rows, books.settings.lang)}\n{NOTE}" if rows else "there is no revision yet")
+        shown = f"{table(rows, books.settings.lang)}\n{books.told('config.note')}"
+        click.echo(shown if rows else books.told("config.none_yet"))
         _tell_what_waits(books)
 
 
@@ -58,7 +59,7 @@ def show(name: str, config_path: Path | None, state_dir: Path | None, number: in
     books = books_of(settings_of(config_path, state_dir), name)
     found = books.revision(books.present if number is None else number)
     why = " ".join(found.why.split())
-    click.echo(f"# revision {found.number} of {name}, {local(found.created_at_ms)}, by {found.by}: {why}")
+    click.echo("# " + books.told("config.shown", server=name, why=why, **_about(found)))
     click.echo(vllm_yaml.dumped(found.arguments), nl=False)
 
 
@@ -71,7 +72,7 @@ def diff(name: str, config_path: Path | None, state_dir: Path | None, before: in
     books = books_of(settings_of(config_path, state_dir), name)
     then = books.revision(books.present if after is None else after)
     lines = difference(books.revision(before).arguments, then.arguments)
-    click.echo("\n".join(lines) or f"revisions {before} and {then.number} say the same")
+    click.echo("\n".join(lines) or books.told("config.same", before=before, after=then.number))
 
 
 @config_.command(name="set")
@@ -106,9 +107,9 @@ def set_(  # noqa: PLR0913 (click's own: an argument an option)
     after = vllm_yaml.canonical(changed(given, pairs, unset))
     _tell_what_waits(books)
     if before == after:
-        click.echo("nothing changes")
+        click.echo(books.told("config.nothing_changes"))
     else:
-        _confirm(difference(before, after), yes=yes)
+        _confirm(books, difference(before, after), yes=yes)
         _leave(books, {"arguments": after, "revision": None, "why": why}, "config set")
 
 
@@ -130,13 +131,14 @@ def rollback(
     books = books_of(settings_of(config_path, state_dir), name)
     _must_have_folder(books.server)
     target = books.revision(_good_before(books) if number is None else number)
-    click.echo(f"revision {target.number}, {local(target.created_at_ms)}, by {target.by}")
+    click.echo(books.told("config.chosen", **_about(target)))
     _tell_what_waits(books)
     if target.number == books.present and not books.waits and books.wanted in {None, target.number}:
-        click.echo("nothing changes")
+        click.echo(books.told("config.nothing_changes"))
     else:
-        _confirm(difference(books.revision(books.present).arguments, target.arguments), yes=yes)
-        wished = {"arguments": None, "revision": target.number, "why": why or f"back to {target.number}"}
+        _confirm(books, difference(books.revision(books.present).arguments, target.arguments), yes=yes)
+        why = why or books.told("config.back_to", revision=target.number)
+        wished = {"arguments": None, "revision": target.number, "why": why}
         _leave(books, wished, "config rollback")
 
 
@@ -206,11 +208,11 @@ def _good_before(books: Books) -> int:
     return good
 
 
-def _confirm(lines: Sequence[str], *, yes: bool) -> None:
+def _confirm(books: Books, lines: Sequence[str], *, yes: bool) -> None:
     """Show what changes; ends the command where the person does not want it."""
-    click.echo("\n".join(lines) or "what is in use stays, and is what is wanted")
+    click.echo("\n".join(lines) or books.told("config.stays"))
     if not yes:
-        click.confirm("wish for this?", abort=True)
+        click.confirm(books.told("config.ask"), abort=True)
 
 
 def _leave(books: Books, wished: Mapping[str, Any], what: str) -> None:
@@ -218,16 +220,8 @@ def _leave(books: Books, wished: Mapping[str, Any], what: str) -> None:
     name, by = books.server.name, getpass.getuser()
     row = {**wished, "by": by, "at_ms": clock.SystemClock().now_ms()}
     wish(books.settings, {f"change:{name}": json.dumps(row)}, what, server=name, why=wished["why"])
-    if not books.running:
-        click.echo(f"gpuwatch does not run: the wish waits until it does, and {name} stays as it is")
-    elif books.paused:
-        click.echo(f"remediation is paused: the wish waits until it ends, and {name} stays as it is")
-    else:
-        click.echo(
-            "the daemon takes it up within a second: vLLM's own interpreter checks it, then"
-            f" {name} is drained, started anew and watched, and set back if it does not serve;"
-            " see `gpuwatch status`"
-        )
+    becomes = "not_running" if not books.running else "paused" if books.paused else "taken_up"
+    click.echo(books.told(f"config.{becomes}", server=name))
 
 
 def _must_have_folder(server: ServerSettings) -> None:
@@ -238,5 +232,10 @@ def _must_have_folder(server: ServerSettings) -> None:
 
 def _tell_what_waits(books: Books) -> None:
     if books.waits:
-        at, by = local(books.waits["at_ms"]), books.waits["by"]
-        click.echo(f"a change by {by} of {at} waits to be taken up", err=True)
+        made, by = local(books.waits["at_ms"]), books.waits["by"]
+        click.echo(books.told("config.waits", made=made, by=by), err=True)
+
+
+def _about(revision: Revision) -> dict[str, object]:
+    """Which it is, and who made it when."""
+    return {"revision": revision.number, "made": local(revision.created_at_ms), "by": revision.by}

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gpuwatch.cli import past, units
 from gpuwatch.cli.answers import aligned, local
+from gpuwatch.cli.capture import redactor
 from gpuwatch.cli.past import label
 from gpuwatch.errors import ConfigError
 from gpuwatch.notify import duration, incident_id, words
 from gpuwatch.records import Labels, Phase
+from gpuwatch.remediation.steps import present
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -27,9 +29,7 @@ if TYPE_CHECKING:
 _MOST: Final = 1_000
 _WORDS: Final = frozenset({"approve", "deny", "abort"})
 _BLOCKER: Final = "blocker:"
-_AFTER_A_FAILURE: Final = frozenset({Phase.ROLLING_BACK, Phase.ROLLED_BACK, Phase.FAILED})
-# Outcomes that say nothing of how far it had come: where no step failed else, the proof did.
-_CALLED_OFF: Final = frozenset({"aborted_by", "alert_over", "server_gone", "stopped_by_operator"})
+_OF_ALERTS: Final = ("value", "summary", "summary_zh")
 
 
 def gather(rows: ReadStore, state_dir: Path, what: str | None, now_ms: int) -> list[Seen]:
@@ -65,8 +65,8 @@ def _explained(r: Remediation, rows: ReadStore, state_dir: Path, now_ms: int) ->
         "signals": dict(r.plan.signals),
         "considered": _considered(r.plan.considered),
         "said": [_said(audit) for audit in reversed(rows.audit(_MOST)) if _is_about(audit, r.plan.id)],
-        "steps": _steps(r.plan.steps, *_reached(r), r),
-        "undo": _steps(r.plan.undo, *_reached_in_undo(r), r),
+        "steps": _steps(r, r.plan.steps, is_undo=False),
+        "undo": _steps(r, r.plan.undo, is_undo=True),
         "verify_for_ms": r.plan.verify_for_ms,
         "bundle": str(bundle) if bundle.exists() else None,
     }
@@ -83,7 +83,7 @@ def _of_refusal(refusal: Refusal, active: Iterable[Alert]) -> Seen:
         "refusal": refusal.code,
         "facts": dict(refusal.facts),
         "actions": list(refusal.steps),
-        "signals": {name: signals[name] for name in ("value", "summary") if name in signals},
+        "signals": {name: signals[name] for name in _OF_ALERTS if name in signals},
         "considered": _considered(refusal.considered),
     }
 
@@ -100,39 +100,27 @@ def _said(audit: Audit) -> Seen:
     return {"at_ms": audit.at_ms, "by": audit.who, "word": audit.what}
 
 
-def _reached(r: Remediation) -> tuple[int, str]:
-    """How many of the plan's steps are done, and what became of the next; -1 where no row tells."""
-    names = [step.action for step in r.plan.steps]
-    if r.phase is Phase.APPLYING:
-        return r.step_index, "under_way"
-    if r.phase in {Phase.VERIFYING, Phase.SUCCEEDED}:
-        return len(names), ""
-    if r.facts.get("step") in names:
-        return names.index(r.facts["step"]), "failed"
-    if r.phase not in _AFTER_A_FAILURE:
-        return r.step_index, ""
-    return (-1 if r.outcome in _CALLED_OFF else len(names)), ""
+def _steps(r: Remediation, steps: Iterable[Step], *, is_undo: bool) -> list[Seen]:
+    """Each step with its state: how it ended, `under_way`, `open`, or `unknown` where no row tells."""
+    over = [each for each in r.course if each.is_undo is is_undo]
+    known = [_state(str(each.end), each.began_at_ms, each.ended_at_ms, each.detail) for each in over]
+    if present(r) is not None and is_undo is (r.phase is Phase.ROLLING_BACK):
+        known.append(_state("under_way", r.since_ms))
+    is_kept = r.asked_at_ms is None or bool(r.course) or r.phase is Phase.APPLYING
+    rest = _state("open" if is_kept else "unknown")
+    hide = redactor(())  # an operator's own command may hold a secret
+    return [
+        {
+            **dataclasses.asdict(step),
+            "args": {name: hide(value) for name, value in step.args.items()},
+            **(known[place] if place < len(known) else rest),
+        }
+        for place, step in enumerate(steps)
+    ]
 
 
-def _reached_in_undo(r: Remediation) -> tuple[int, str]:
-    if r.phase is Phase.ROLLING_BACK:
-        return r.step_index, "under_way"
-    if r.phase is Phase.ROLLED_BACK:
-        return len(r.plan.undo), ""
-    names = [step.action for step in r.plan.undo]
-    return (names.index(r.facts["undo_step"]), "failed") if r.facts.get("undo_step") in names else (0, "")
-
-
-def _steps(steps: Iterable[Step], done: int, present: str, r: Remediation) -> list[Seen]:
-    """Each step with its state: done, under_way, failed, open, or unknown."""
-    found = []
-    for place, step in enumerate(steps):
-        state = "unknown" if done < 0 else "done" if place < done else "open"
-        if place == done and present:
-            state = present
-        since_ms = r.since_ms if state == "under_way" else None
-        found.append({**dataclasses.asdict(step), "state": state, "since_ms": since_ms})
-    return found
+def _state(name: str, began_ms: int | None = None, ended_ms: int | None = None, detail: str = "") -> Seen:
+    return {"state": name, "began_at_ms": began_ms, "ended_at_ms": ended_ms, "detail": detail}
 
 
 def render(found: Iterable[Seen], lang: str) -> str:
@@ -167,12 +155,13 @@ def _refused_rows(one: Seen, lang: str) -> Iterator[Row]:
 def _seen_rows(one: Seen, lang: str) -> Iterator[Row]:
     """The alert, what else was seen, what was considered, and the blockers that were asked."""
     yield label("alert", lang), one["alert"] + str(Labels(one["labels"].items()).without("alertname") or "")
-    for name, value in one["signals"].items():
+    for name, value in _in_one_language(one["signals"], lang).items():
         yield label("seen", lang), _signal(name, value, lang)
     options = [each for each in one["considered"] if not each["option"].startswith(_BLOCKER)]
     blockers = [each for each in one["considered"] if each["option"].startswith(_BLOCKER)]
     for each in options:
-        yield label("considered", lang), f"{each['option']}: {_judged(each, lang)}"
+        option = words(f"option.{each['option']}", lang)
+        yield label("considered", lang), f"{option}: {_judged(each, lang)}"
     passed = ", ".join(each["option"].removeprefix(_BLOCKER) for each in blockers if each["code"] == "passed")
     if passed:
         yield label("passed", lang), passed
@@ -184,8 +173,24 @@ def _judged(considered: Mapping[str, Any], lang: str) -> str:
     told = words(considered["code"], lang, **facts)
     if told != words(considered["code"], lang):
         return told  # its words hold its figures
-    figures = ", ".join(f"{name} {value}" for name, value in facts.items())
+    figures = _figures(facts, lang)
     return f"{told} ({figures})" if figures else told
+
+
+def _figures(given: Mapping[str, str], lang: str) -> str:
+    """`from 256, to 128`; what has no words stands with its name."""
+    found = []
+    for name, value in given.items():
+        told = words(f"arg.{name}", lang, **{name: value})
+        found.append(f"{name} {value}" if told == name else told)
+    return ", ".join(found)
+
+
+def _in_one_language(signals: Mapping[str, str], lang: str) -> dict[str, str]:
+    """The signals with the summary of that language, if it has one."""
+    kept = {name: value for name, value in signals.items() if not name.startswith("summary_")}
+    translated = signals.get(f"summary_{lang}")
+    return {**kept, "summary": translated} if translated else kept
 
 
 def _signal(name: str, value: str, lang: str) -> str:
@@ -202,19 +207,30 @@ def _course_rows(one: Seen, lang: str) -> Iterator[Row]:
     for said in one["said"]:
         word = words(f"said.{said['word']}", lang)
         yield label("said", lang), f"{word} {said['by']} {local(said['at_ms'])}"
-    for name in ("steps", "undo"):
-        for step in one[name]:
-            yield label(name, lang), _step(step, lang)
+    yield from _walk_rows(one, lang)
     yield label("verified_for", lang), duration(one["verify_for_ms"], lang)
     yield from past.costs(one, lang)
     if one["bundle"]:
         yield label("bundle", lang), one["bundle"]
 
 
-def _step(step: Mapping[str, Any], lang: str) -> str:
-    args = ", ".join(f"{name} {value}" for name, value in step["args"].items())
-    since = "" if step["since_ms"] is None else f" {local(step['since_ms'])}"
-    within = f"{label('within', lang)} {duration(step['within_ms'], lang)}"
-    name = words(f"step.{step['action']}", lang) + (f" ({args})" if args else "")
+def _walk_rows(one: Seen, lang: str) -> Iterator[Row]:
+    """A table of the steps, those of the undo last."""
+    heads = [label(name, lang) for name in ("action", "began", "took", "within", "end")]
+    lines = aligned([heads, *(_step(step, lang) for step in (*one["steps"], *one["undo"]))])
+    names = ["steps", *("steps" for _ in one["steps"]), *("undo" for _ in one["undo"])]
+    yield from ((label(name, lang), line) for name, line in zip(names, lines, strict=True))
+
+
+def _step(step: Mapping[str, Any], lang: str) -> tuple[str, ...]:
+    """Its name with its arguments, when it began, how long it took and may take, and how it ended."""
+    args = _figures(step["args"], lang)
+    began_ms, ended_ms = step["began_at_ms"], step["ended_at_ms"]
     state = words(f"step_state.{step['state']}", lang)
-    return f"{name}: {state}{since}, {within}"
+    return (
+        words(f"step.{step['action']}", lang) + (f" ({args})" if args else ""),
+        "-" if began_ms is None else local(began_ms),
+        "-" if ended_ms is None else duration(ended_ms - began_ms, lang),
+        duration(step["within_ms"], lang),
+        f"{state}: {step['detail']}" if step["detail"] else state,
+    )

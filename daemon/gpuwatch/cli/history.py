@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gpuwatch import clock
-from gpuwatch.cli.options import open_view, path_option, settings_of, state_option
+from gpuwatch.cli.options import open_view, path_option, settings_of, state_option, told
 from gpuwatch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def history(
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False))
     else:
-        click.echo(past.render(found, settings.lang) or "nothing has been done yet")
+        click.echo(past.render(found, settings.lang) or told(settings, "history.nothing"))
 
 
 @click.command(name="why")
@@ -61,4 +61,4 @@ def why(what: str | None, config_path: Path | None, state_dir: Path | None, as_j
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False))
     else:
-        click.echo(decision.render(found, settings.lang) or "nothing is refused at present")
+        click.echo(decision.render(found, settings.lang) or told(settings, "history.no_refusal"))

@@ -65,6 +65,13 @@ def duration_ms(text: str, option: str = "--for") -> int:
         raise ConfigError([f"{option}: {error}"]) from error
 
 
+def told(settings: Settings, code: str, /, **facts: object) -> str:
+    """The phrase of the catalogue in the settings' language."""
+    from gpuwatch.notify import words  # noqa: PLC0415 (each command loads only what it needs)
+
+    return words(code, settings.lang, **{name: str(fact) for name, fact in facts.items()})
+
+
 def open_view(settings: Settings) -> ReadStore:
     """The rows as they stand, wherever these settings keep them; StoreError."""
     from gpuwatch import store  # noqa: PLC0415

@@ -19,7 +19,7 @@ from gpuwatch.remediation.steps import present
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from gpuwatch.records import Remediation
+    from gpuwatch.records import PastStep, Remediation
     from gpuwatch.store import ReadStore
 
 Seen = dict[str, Any]
@@ -61,6 +61,7 @@ def of_remediation(r: Remediation, now_ms: int) -> Seen:
         "created_at_ms": r.created_at_ms,
         "ended_at_ms": None if is_live else r.since_ms,
         "took_ms": max(0, (now_ms if is_live else r.since_ms) - r.created_at_ms),
+        "longest_step": _longest(r.course),
         "server": plan.server,
         "actions": list(plan.actions),
         "kind": str(plan.kind),
@@ -79,6 +80,13 @@ def of_remediation(r: Remediation, now_ms: int) -> Seen:
         "after": plan.after,
         "account": dict(r.account),
     }
+
+
+def _longest(course: Iterable[PastStep]) -> Seen | None:
+    """The step that took the most time, of those that are over and took any."""
+    took = [(past.ended_at_ms - past.began_at_ms, past.action) for past in course]
+    took_ms, action = max(took, default=(0, ""))
+    return {"action": action, "took_ms": took_ms} if took_ms > 0 else None
 
 
 def render(found: Iterable[Seen], lang: str) -> str:
@@ -123,6 +131,9 @@ def circumstances(one: Seen, lang: str) -> Iterator[Row]:
         yield label("step", lang), present_step(one["step"], one["since_ms"], lang)
     if one["took_ms"]:
         yield label("took", lang), duration(one["took_ms"], lang)
+    if longest := one["longest_step"]:
+        step = words(f"step.{longest['action']}", lang)
+        yield label("longest", lang), f"{step} {duration(longest['took_ms'], lang)}"
     if one["before"] is not None or one["after"] is not None:
         yield label("revision", lang), _arrow(_shown(one["before"]), _shown(one["after"]))
     if left := one.get("left_alone"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from gpuwatch import clock
-from gpuwatch.cli.options import open_view
+from gpuwatch.cli.options import open_view, told
 from gpuwatch.errors import ConfigError, ServerError, StoreError
 
 if TYPE_CHECKING:
@@ -26,11 +26,8 @@ _RUNNING_WITHIN_MS: Final = 15_000
 _ALL_STARTS: Final = 10_000
 _GIB: Final = 1 << 30
 _HEAD: Final = (
-    *("REV", "MADE", "BY", "IS", "KV TOKENS", "START", "GPU MEMORY", "TOKENS/S", "TTFT P95", "SERVED"),
-    *("FAILED", "WHY"),
-)
-NOTE: Final = (
-    "GPU memory (peak), tokens/s (best minute) and time to first token: of the last hour that it served"
+    *("rev", "made", "by", "is", "kv_tokens", "start", "gpu_memory", "tokens_per_s", "first_token"),
+    *("served", "failed", "why"),
 )
 
 
@@ -60,6 +57,10 @@ class Books:
         """What is in use, or what the next start reads, or what counts without either."""
         known = (self.in_use, self.next_start, self.wanted, max(self.revisions, default=None))
         return next((number for number in known if number in self.revisions), None)
+
+    def told(self, code: str, /, **facts: object) -> str:
+        """The phrase of the catalogue in the settings' language."""
+        return told(self.settings, code, **facts)
 
     def revision(self, number: int | None) -> Revision:
         """ConfigError if there is none of that number."""
@@ -146,18 +147,17 @@ def _measured(books: Books) -> Mapping[int, Measured]:
         with store.open_history(books.settings.state_dir) as history:
             return measured(*known, history, books.at_ms)
     except StoreError as error:
-        click.echo(f"without what was measured: {error}", err=True)
+        click.echo(books.told("config.unmeasured", detail=error), err=True)
         return measured(*known, None, books.at_ms)
 
 
 def table(rows: Sequence[Mapping[str, Any]], lang: str) -> str:
     """The rows of `log_of` for people."""
-    cells = [_HEAD, *(_cells(row, lang) for row in rows)]
-    widths = [max(len(each[i]) for each in cells) for i in range(len(_HEAD))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(each, widths, strict=True)).rstrip()
-        for each in cells
-    )
+    from gpuwatch import notify  # noqa: PLC0415
+    from gpuwatch.cli.answers import aligned  # noqa: PLC0415
+
+    heads = [notify.words(f"head.{name}", lang) for name in _HEAD]
+    return "\n".join(aligned([heads, *(_cells(row, lang) for row in rows)]))
 
 
 def _cells(row: Mapping[str, Any], lang: str) -> tuple[str, ...]:
@@ -168,12 +168,13 @@ def _cells(row: Mapping[str, Any], lang: str) -> tuple[str, ...]:
         "-" if one.get(key) is None else form.format(one[key] / unit)
     )
     lasted: Callable[[str], str] = lambda key: notify.duration(one[key], lang) if one.get(key) else "-"  # noqa: E731
-    failed = f"{one['failures']} of {one['starts']}" if one else "-"
+    counts = {name: str(one[name]) for name in ("failures", "starts")} if one else {}
+    failed = notify.words("config.failed_of", lang, **counts) if one else "-"
     return (
         str(row["number"]),
         local(row["created_at_ms"]),
         row["by"],
-        ", ".join(row["is"]) or "-",
+        ", ".join(notify.words(f"is.{mark}", lang) for mark in row["is"]) or "-",
         figure("kv_cache_tokens", "{:,.0f}"),
         lasted("healthy_after_ms"),
         figure("peak_memory_bytes", "{:.1f} GiB", _GIB),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from gpuwatch.notify import remedies
+from gpuwatch.notify import console, remedies
 from gpuwatch.notify.phrase import Phrase
 
 REFUSALS: Final = {
@@ -213,4 +213,5 @@ CATALOGUE: Final = {
     **_FIELDS,
     **_CLI,
     **remedies.HISTORY,
+    **console.CONSOLE,
 }

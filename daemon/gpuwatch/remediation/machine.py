@@ -17,19 +17,22 @@ from typing import TYPE_CHECKING, Final
 
 from gpuwatch.records import LIVE_PHASES, ActionClass, Mode, Phase, Remediation, ServerPhase, Step
 from gpuwatch.remediation.steps import (
-    STEPS,
     Failed,
     Look,
     Seen,
     began_anew,
     is_deed,
     judged,
+    must_succeed,
+    over,
     present,
     walked,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from gpuwatch.remediation.steps import Found
 
 
 class Event(enum.StrEnum):
@@ -97,11 +100,15 @@ _PATIENCE_MS: Final[Mapping[str, int]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Move:
-    """What happened, and why: a code of `OUTCOMES` where it ends something, and its figures."""
+    """What happened, and why: a code of `OUTCOMES` where it ends something, and its figures.
+
+    `found` is what became of the present step; False where it was cut short.
+    """
 
     event: Event
     code: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
+    found: Found = False
 
 
 def advance(remediation: Remediation, seen: Seen, now_ms: int) -> tuple[Remediation, Step | None]:
@@ -123,7 +130,7 @@ def refused(remediation: Remediation, detail: str, now_ms: int) -> Remediation:
     r, step = remediation, present(remediation)
     if step is None:
         return r
-    if not STEPS[step.action].late_fails:
+    if not must_succeed(step.action):
         return dataclasses.replace(r, heard={**r.heard, "failed": detail})
     return _moved(r, _failing(r, Failed.of("not_asked", detail=detail)), now_ms)
 
@@ -161,12 +168,13 @@ def _walking(r: Remediation, seen: Seen, now_ms: int) -> _Move | None:
     if step is None:
         return _walked_to_the_end(r, seen)
     found = judged(Look(step=step, remediation=r, seen=seen, now_ms=now_ms))
-    if isinstance(found, Failed):
+    if isinstance(found, Failed) and must_succeed(step.action):
         return _failing(r, found)
     if not found:
         return None
     has_more = r.step_index + 1 < len(walked(r))
-    return _Move(Event.STEP_DONE) if has_more else _walked_to_the_end(r, seen)
+    move = _Move(Event.STEP_DONE) if has_more else _walked_to_the_end(r, seen)
+    return dataclasses.replace(move, found=found)
 
 
 def _walked_to_the_end(r: Remediation, seen: Seen) -> _Move:
@@ -253,8 +261,10 @@ def _failing(r: Remediation, failed: Failed) -> _Move:
     step = present(r)
     facts = {"step": step.action, **failed.facts} if step else failed.facts
     if r.phase is Phase.ROLLING_BACK:
-        return _Move(Event.FAILED, facts={"undo_code": failed.code, **_prefixed("undo_", facts)})
-    return _Move(Event.TAKE_BACK if _is_to_be_taken_back(r) else Event.FAILED, failed.code, facts)
+        facts = {"undo_code": failed.code, **_prefixed("undo_", facts)}
+        return _Move(Event.FAILED, facts=facts, found=failed)
+    event = Event.TAKE_BACK if _is_to_be_taken_back(r) else Event.FAILED
+    return _Move(event, failed.code, facts, failed)
 
 
 def _prefixed(prefix: str, facts: Mapping[str, str]) -> dict[str, str]:
@@ -330,6 +340,7 @@ def _moved(r: Remediation, move: _Move, now_ms: int) -> Remediation:
         outcome=move.code or r.outcome,
         facts={**r.facts, **move.facts},
         heard={},
+        course=(*r.course, *over(r, move.found, now_ms)),
     )
 
 

@@ -30,6 +30,13 @@ if TYPE_CHECKING:
     from gpuwatch.config import Policy
 
 _MODES: Final = tuple(Mode)  # strictest first
+_MOST_RIVALS: Final = 3
+_OF_MEMORY: Final = frozenset(
+    {
+        *("memory_share_not_free", "profiling_assert", "runtime_oom"),
+        *("kv_cache_too_small", "no_memory_for_cache", "auto_fit_failed"),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,9 +220,11 @@ def _signals(s: Situation, after: Revision | None) -> dict[str, str]:
     seen: dict[str, object] = {
         "value": s.alert.value if s.alert.rule else None,
         "summary": s.alert.annotations.get("summary"),
+        "summary_zh": s.alert.annotations.get("summary_zh"),
         "verdict": sight.verdict,
         "running": sight.requests_running,
         "waiting": sight.requests_waiting,
+        "kv_use_ratio": sight.kv_use_ratio,
         "failure": s.starts[0].failure if s.starts else None,
         "tokens_per_s": sight.tokens_per_s or None,
         "least_tokens_per_s": least * sight.tokens_per_s if sight.tokens_per_s else None,
@@ -223,8 +232,16 @@ def _signals(s: Situation, after: Revision | None) -> dict[str, str]:
         "wanted": s.wanted,
         "why": s.intent.change.why if s.intent.change else None,
         **{f"free_bytes:{gpu}": free for gpu, free in sight.free_bytes.items()},
+        **{f"rival_bytes:{gpu} {name}": held for (gpu, name), held in _rivals(s)},
     }
     return {name: str(value) for name, value in seen.items() if value not in {None, ""}}
+
+
+def _rivals(s: Situation) -> list[tuple[tuple[str, str], int]]:
+    """Who else holds most, by GPU and name, where it was memory that the server failed of."""
+    if not s.starts or s.starts[0].failure not in _OF_MEMORY:
+        return []
+    return sorted(s.sight.rival_bytes.items(), key=lambda one: -one[1])[:_MOST_RIVALS]
 
 
 def _longest_request(revision: Revision | None) -> int | None:

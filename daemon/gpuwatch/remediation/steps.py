@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from gpuwatch.records import (
     ErrandPhase,
+    PastStep,
     Phase,
     Remediation,
     ServerPhase,
     Sight,
     StartOutcome,
     Step,
+    StepEnd,
     SupervisorPhase,
 )
 
@@ -153,6 +155,34 @@ def is_deed(action: str) -> bool:
     return action not in STEPS or STEPS[action].is_deed
 
 
+def over(r: Remediation, found: Found, now_ms: int) -> tuple[PastStep, ...]:
+    """The present step as one that ended now, by what it was found to be: False where it was cut short.
+
+    Nothing in a phase without steps.
+    """
+    step = present(r)
+    if step is None:
+        return ()
+    end, detail = StepEnd.DONE if found else StepEnd.CALLED_OFF, ""
+    if isinstance(found, Failed):
+        end = StepEnd.LATE if found.code == "step_late" else StepEnd.FAILED
+        detail = found.facts.get("detail", "")
+    past = PastStep(
+        action=step.action,
+        began_at_ms=r.since_ms,
+        ended_at_ms=now_ms,
+        end=end,
+        is_undo=r.phase is Phase.ROLLING_BACK,
+        detail=detail,
+    )
+    return (past,)
+
+
+def must_succeed(action: str) -> bool:
+    """Whether a plan fails with that step; with one that nobody knows, too."""
+    return action not in STEPS or STEPS[action].late_fails
+
+
 def errand_key(r: Remediation, step: Step) -> str:
     """The name of the errand of a step."""
     undo = "undo-" if r.phase is Phase.ROLLING_BACK else ""
@@ -166,8 +196,8 @@ def judged(look: Look) -> Found:
         return Failed.of("unknown_step")
     found = _found(look, kind)
     if found is False and look.age_ms >= look.step.within_ms:
-        found = Failed.of("step_late", seconds=look.age_ms // 1000)
-    return found if kind.late_fails else found is not False
+        return Failed.of("step_late", seconds=look.age_ms // 1000)
+    return found
 
 
 def _found(look: Look, kind: StepKind) -> Found:

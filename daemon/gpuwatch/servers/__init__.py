@@ -22,6 +22,7 @@ from gpuwatch.servers.progress import judge as judge_progress
 from gpuwatch.servers.progress import samples as progress_samples
 from gpuwatch.servers.revisions import Revisions, interpreter_of
 from gpuwatch.servers.sight import sight
+from gpuwatch.servers.starts.arguments import redacted
 from gpuwatch.servers.starts.log import DockerLog, FileLog, JournalLog
 from gpuwatch.servers.starts.watch import StartWatch
 from gpuwatch.servers.starts.watch import samples as start_samples
@@ -57,6 +58,7 @@ __all__ = [
     "observed",
     "process_of",
     "progress_samples",
+    "redacted",
     "samples",
     "sight",
     "start_samples",

@@ -29,6 +29,7 @@ from gpuwatch import clock
 from gpuwatch.errors import GpuwatchError, ServerError
 from gpuwatch.guest import client
 from gpuwatch.guest.client import GuestError
+from gpuwatch.servers.hiding import without_secrets
 
 if TYPE_CHECKING:
     from gpuwatch.records import ServerStart
@@ -44,7 +45,9 @@ class Json:
 
     def text(self, redact: Callable[[str], str]) -> str:
         """As it is written; with `indent` a line follows."""
-        said = json.dumps(_clean(self.value, redact), indent=self.indent, ensure_ascii=False, default=str)
+        said = json.dumps(
+            without_secrets(self.value, redact), indent=self.indent, ensure_ascii=False, default=str
+        )
         return said if self.indent is None else said + "\n"
 
 
@@ -56,7 +59,6 @@ WITHIN_S: Final = 17.0  # of 20, for the rest of what a process does
 _PART_S: Final = 8.0
 _MOST_PART_BYTES: Final = 64 * 2**20
 _SPARE_BYTES: Final = 2**20  # what the compressor still holds, and `errors.txt`
-_HIDDEN: Final = "***"
 _SUFFIX: Final = ".tar.gz"
 _FIGURES: Final = re.compile(r"(?:null|[0-9.,eE+\-\[\]\s])*")
 
@@ -173,29 +175,6 @@ def _redacted(chunk: str | Json, redact: Callable[[str], str]) -> str:
     if isinstance(chunk, Json):
         return chunk.text(redact)
     return chunk if _FIGURES.fullmatch(chunk) else redact(chunk)
-
-
-def _clean(value: Any, redact: Callable[[str], str]) -> Any:  # noqa: ANN401 (JSON)
-    """Text redacted, and all that stands under the name of a secret, or after an option of such a name."""
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, Mapping):
-        return {
-            redact(str(name)): _HIDDEN if _is_secret(str(name), redact) else _clean(one, redact)
-            for name, one in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        before = ("", *value)
-        pairs = zip(before, value, strict=False)
-        return [_HIDDEN if _is_secret(last, redact, "--") else _clean(one, redact) for last, one in pairs]
-    return value
-
-
-def _is_secret(name: object, redact: Callable[[str], str], prefix: str = "") -> bool:
-    """Whether what such a name is given is taken out of text."""
-    if not isinstance(name, str) or not name.startswith(prefix):
-        return False
-    return redact(f"{name}=x") != f"{name}=x"
 
 
 def _forget(path: Path) -> None:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 from gpuwatch.errors import ServerError
 from gpuwatch.records import Errand, ErrandPhase
 from gpuwatch.servers import session
+from gpuwatch.servers.hiding import without_secrets
 from gpuwatch.servers.starts.arguments import redacted
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ class Errands:
             return Errand(phase=ErrandPhase.RUNNING, began_at_ms=asked.at_ms)
         last = _last_line(home / "out")
         facts = self._facts(last)
-        said = self.redact(facts.get("error") or last)[:_MOST_DETAIL]
+        said = (facts.get("error") or self.redact(last))[:_MOST_DETAIL]
         return Errand(
             phase=ErrandPhase.DONE if status == "0" else ErrandPhase.FAILED,
             began_at_ms=asked.at_ms,
@@ -191,8 +192,9 @@ class Errands:
         with contextlib.suppress(ValueError, RecursionError):
             found = json.loads(line)
             if isinstance(found, dict):
-                pairs = list(found.items())[:_MOST_FACTS]
-                return {str(name): self.redact(_as_text(value)) for name, value in pairs}
+                few = dict(list(found.items())[:_MOST_FACTS])
+                shown = without_secrets(few, self.redact).items()
+                return {name: self.redact(_as_text(value)) for name, value in shown}
         return {}
 
     def _reap(self) -> None:

@@ -19,6 +19,7 @@ from gpuwatch.servers.look import (
     CANARY,
     EXITS,
     IN_FLIGHT,
+    KV_USE,
     LIMIT,
     RUNNING,
     SLEEP,
@@ -46,7 +47,7 @@ _LONG_STEP_FROM_MS: Final = 30_000
 
 _STEPS: Final = "vllm:iteration_tokens_total_count"
 _BY_REASON: Final = "vllm:num_requests_waiting_by_reason"
-_SIGNS: Final = (_STEPS, RUNNING, WAITING, "vllm:kv_cache_usage_perc")
+_SIGNS: Final = (_STEPS, RUNNING, WAITING, KV_USE)
 _ROLES: Final = Matcher("role", "=~", "api_server|engine_core|worker")
 
 

@@ -21,6 +21,7 @@ FRESH_MS: Final = 10_000
 RUNNING: Final = "vllm:num_requests_running"
 WAITING: Final = "vllm:num_requests_waiting"
 TOKENS: Final = "vllm:generation_tokens_total"
+KV_USE: Final = "vllm:kv_cache_usage_perc"
 SLEEP: Final = "vllm:engine_sleep_state"
 IN_FLIGHT: Final = "server_requests_in_flight"
 LIMIT: Final = "server_limit"

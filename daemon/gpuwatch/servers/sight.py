@@ -21,6 +21,7 @@ from gpuwatch.servers.look import (
     FRESH_MS,
     HELD,
     IN_FLIGHT,
+    KV_USE,
     LIMIT,
     RUNNING,
     SLEEP,
@@ -35,7 +36,7 @@ from gpuwatch.servers.look import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from gpuwatch.promql import Querier, Series
     from gpuwatch.records import Errand, ServerStart, ServerState
@@ -50,7 +51,8 @@ _PROGRESS: Final = "server_progress"
 _PAUSED: Final = "server_guest_paused"
 _GUESTS: Final = "server_guests"
 _PRESENT: Final = (
-    f"{RUNNING}|{WAITING}|{SLEEP}|{STATE}|{EXITS}|{IN_FLIGHT}|{LIMIT}|{_PAUSED}|{_GUESTS}|{_PROGRESS}"
+    f"{RUNNING}|{WAITING}|{KV_USE}|{SLEEP}|{STATE}|{EXITS}|{IN_FLIGHT}|{LIMIT}"
+    f"|{_PAUSED}|{_GUESTS}|{_PROGRESS}"
 )
 _FREE: Final = "gpu_memory_free_bytes"
 _TOTAL: Final = "gpu_memory_total_bytes"
@@ -81,6 +83,7 @@ def sight(
         requests_running=_sum(now[RUNNING]),
         requests_waiting=_sum(now[WAITING]),
         in_flight=_sum(door),
+        kv_use_ratio=max((value for _, value in now[KV_USE]), default=None),
         doors=doors,
         guests=max(doors, _told(now, "guest", len(now[_PAUSED]))),
         admission_limit=_sum(_of(now[LIMIT], limit="admission")),
@@ -90,6 +93,7 @@ def sight(
         free_bytes=gpus.figures(gpus.free),
         total_bytes=gpus.figures(gpus.total),
         free_steady_since_ms=gpus.steady_since_ms(),
+        rival_bytes=gpus.rivals(),
         others_growing=gpus.others_growing(),
         asleep=any(not value for _, value in _of(now[SLEEP], sleep_state="awake")),
         verdict=next((labels.get("verdict") for labels, value in now[_PROGRESS] if value), ""),
@@ -185,12 +189,25 @@ class _Gpus:
             return None
         return max(_steady_since_ms(series) for series in self.free.values())
 
+    def rivals(self) -> dict[tuple[str, str], int]:
+        """What others hold, by UUID and name; processes of one name are one."""
+        found: defaultdict[tuple[str, str], int] = defaultdict(int)
+        for series, held in self._others():
+            found[series.labels.get("uuid"), series.labels.get("process")] += int(held)
+        return dict(found)
+
     def others_growing(self) -> bool | None:
         """Whether somebody else came within the minute, or holds so much more than in it."""
         if not self.is_read:
             return None
-        others = (s for s in self.held if not self._is_own(s) and present(s, self.now_ms) is not None)
-        return any(_has_grown(series, self.free.get(series.labels.get("uuid"))) for series in others)
+        return any(_has_grown(one, self.free.get(one.labels.get("uuid"))) for one, _ in self._others())
+
+    def _others(self) -> Iterator[tuple[Series, float]]:
+        """What is held now by who is not the server."""
+        for series in self.held:
+            held = present(series, self.now_ms)
+            if held is not None and not self._is_own(series):
+                yield series, held
 
     def _is_own(self, series: Series) -> bool:
         server, owner = series.labels.get("server"), series.labels.get("owner")

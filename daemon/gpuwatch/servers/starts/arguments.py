@@ -26,6 +26,11 @@ _HIDDEN_VALUE: Final = re.compile(
     r"""(?:\[[^\]]*\]?|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|(?:(?:bearer|basic)\s+)?[^\s,}\])&]+)"""
     rf"""|(--[\w-]{{0,40}}{_HIDDEN}\s+)(?!-)\S+(?:\s+(?!-)\S+)*"""
 )
+# `"--api-key", "…"`: an option and its value as two elements of a list, however often they are quoted.
+_IN_LISTS: Final = re.compile(
+    r"(?i)(--[\w-]{0,40}(?:key|password|passwd|secret|token|credentials?|authorization)\\*[\"']\s*,\s*(\\*[\"']))"
+    r".*?(?=\2)"
+)
 _BARE: Final = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[\w-]{16,})")
 _CREDENTIALS_OF_URL: Final = re.compile(r"(?<=://)[^/\s@]+@")
 # Where it listens, what it logs and how it speaks: a start needs the same memory with and without these.
@@ -59,7 +64,7 @@ def configuration_of(version: str, arguments: Mapping[str, str]) -> str:
 
 def redacted(text: str) -> str:
     """The text without the values of what is named like a secret, and without credentials in URLs."""
-    text = _HIDDEN_VALUE.sub(r"\1\2***", text)
+    text = _HIDDEN_VALUE.sub(r"\1\2***", _IN_LISTS.sub(r"\1***", text))
     return _CREDENTIALS_OF_URL.sub("", _BARE.sub("***", text))
 
 
