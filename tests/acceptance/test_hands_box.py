@@ -76,6 +76,8 @@ class Host(Operator):
             f"{packages.resolve()}:/opt/vllm/lib/{packages.parent.name}/site-packages",
             f"{model}:/opt/models/tiny",
         )
+        enabled = self.box.root / "etc/systemd/system/multi-user.target.wants" / SERVER
+        enabled.unlink(missing_ok=True)  # left by a run that was cut short, it would start with the box
         self.box.boot()
         self.box.run("systemctl", "stop", "gpuwatch", SERVER, UNIT, check=False)
         for folder in (STATE, SETTINGS, "var/cache/gpuwatch"):

@@ -14,7 +14,7 @@ from gpuwatch.cli.plot import columns_of
 from gpuwatch.config import StoreSettings
 from gpuwatch.config.size import Size
 from gpuwatch.errors import ConfigError
-from gpuwatch.records import Labels, Revision, ServerStart, StartOutcome
+from gpuwatch.records import Labels, Refusal, Revision, ServerStart, StartOutcome
 from gpuwatch.servers.revisions import Revisions
 from gpuwatch.store import Changes, Disk, Store, open_read_only
 
@@ -267,6 +267,15 @@ def test_a_second_wish_builds_on_one_that_waits(busy):
     assert "waits to be taken up" in said
     assert {"seed", "port"} <= busy.wish()["arguments"].keys()
     assert "waits to be taken up" in busy("log", "vllm")
+
+
+def test_a_wish_that_is_held_up_is_told_with_the_reason(busy):
+    busy("set", "vllm", "seed=1", "--why", "w", "--yes")
+    held = Refusal(server="vllm", alert="", alert_labels=Labels.of(server="vllm"), code="stopped_by_operator")
+    busy.save(refusals=[held])
+    assert "waits to be taken up: an operator stopped the server" in busy("log", "vllm")
+    status = CliRunner().invoke(main, ["status", "--config", str(busy.settings)]).output
+    assert re.search("WISHED\n.* an operator stopped the server", status)
 
 
 def test_without_a_daemon_the_wish_waits_and_the_command_says_so(host):

@@ -180,8 +180,8 @@ SHUT = Sight(doors=1, admission_limit=0, requests_running=0, requests_waiting=0,
 KEPT, UNDONE = {"keep_revision": "6"}, Phase.ROLLING_BACK
 
 
-def errand(phase, key):
-    return Sight(errands={key: Errand(phase=phase, began_at_ms=NOW, detail="no luck")})
+def errand(phase, key, **more):
+    return Sight(errands={key: Errand(phase=phase, began_at_ms=NOW, detail="no luck")}, **more)
 
 
 def sees(**changes):
@@ -196,6 +196,17 @@ JUDGED = [
     ("capture", {}, None, errand(RUNNING, "GW-1-capture"), 5, {}, False),
     ("capture", {}, None, errand(DONE, "GW-1-capture"), 5, {}, True),
     ("capture", {}, None, errand(BAD, "GW-1-capture"), 5, {}, "step_failed"),
+    ("capture", {}, server(), errand(RUNNING, "GW-1-capture", processes=0), 1, {}, True),
+    (
+        "capture",
+        {},
+        server(),
+        errand(RUNNING, "GW-1-capture", processes=2),
+        1,
+        {},
+        False,
+    ),
+    ("capture", {}, server(), sees(processes=0), 1, {}, False),
     ("capture", {}, None, sees(), 60, {}, "step_late"),
     ("capture", {}, None, sees(), 0, {"heard": {"failed": "no disk"}}, "step_failed"),
     ("run", {}, None, errand(DONE, "GW-1-run"), 5, {}, True),

@@ -233,7 +233,8 @@ def _must_have_folder(server: ServerSettings) -> None:
 def _tell_what_waits(books: Books) -> None:
     if books.waits:
         made, by = local(books.waits["at_ms"]), books.waits["by"]
-        click.echo(books.told("config.waits", made=made, by=by), err=True)
+        why = f": {books.told(books.held.code, **books.held.facts)}" if books.held else ""
+        click.echo(books.told("config.waits", made=made, by=by) + why, err=True)
 
 
 def _about(revision: Revision) -> dict[str, object]:

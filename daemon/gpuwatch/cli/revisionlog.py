@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from gpuwatch.config import ServerSettings, Settings
-    from gpuwatch.records import Revision, ServerStart
+    from gpuwatch.records import Refusal, Revision, ServerStart
     from gpuwatch.servers.measured import Measured
     from gpuwatch.store import ReadStore
 
@@ -33,7 +33,10 @@ _HEAD: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Books:
-    """What is known of a server's settings until `at_ms`; `waits` is a change that nobody took up yet."""
+    """What is known of a server's settings until `at_ms`; `waits` is a change that nobody took up yet.
+
+    `held` is why the daemon does not take it up, None as long as it has not said.
+    """
 
     settings: Settings
     server: ServerSettings
@@ -44,6 +47,7 @@ class Books:
     paused: bool
     wanted: int | None
     waits: Mapping[str, Any]
+    held: Refusal | None
     next_start: int | None
 
     @property
@@ -102,6 +106,7 @@ def _read(view: ReadStore, settings: Settings, server: ServerSettings) -> Books:
         paused=int(rows.get("paused_until_ms", "0")) > now_ms,
         wanted=int(wanted) if wanted else None,
         waits=json.loads(rows.get(f"change:{server.name}", "{}")),
+        held=next((r for r in view.refusals() if not r.alert and r.server == server.name), None),
         next_start=_next_start(server),
     )
 

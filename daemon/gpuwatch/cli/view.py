@@ -58,6 +58,7 @@ def gather(view: ReadStore, settings: Settings, now_ms: int) -> Seen:
         "gpus": _gpus(latest),
         "servers": [_server(state, latest, written_ms) for state in view.servers().values()],
         "alerts": [_alert(a, refusals, remediations) for a in view.active_alerts()],
+        "wishes": [_refusal(r) for r in refusals if not r.alert],
         "remediations": [_remediation(r) for r in remediations],
         "unsent": view.unsent_count(),
     }
@@ -94,6 +95,7 @@ def render(seen: Seen, lang: str) -> str:
         )
         or "no server is configured",
         _alerts_block(seen, lang),
+        _wishes_block(seen, lang),
         _remediations_block(seen, lang),
     ]
     return "\n\n".join(block for block in blocks if block)
@@ -242,11 +244,20 @@ def _alerts_block(seen: Seen, lang: str) -> str:
     return "\n".join(lines)
 
 
+def _wishes_block(seen: Seen, lang: str) -> str:
+    """What a person asked for that is not taken up, and why."""
+    return "\n".join(f"WISHED\n  {_refused(wish, lang)}" for wish in seen["wishes"])
+
+
 def _why(alert: Seen, lang: str) -> str:
     """What is done about it, or what would be and why it is not."""
     refusal = alert["refusal"]
     if not refusal:
         return f"remediation {alert['remediation']}" if alert["remediation"] else ""
+    return _refused(refusal, lang)
+
+
+def _refused(refusal: Seen, lang: str) -> str:
     decision = notify.Decision(
         code=refusal["code"],
         facts=refusal["facts"],
