@@ -1,6 +1,8 @@
 """The same examples every time and no deadlines: a busy machine is no fault of the code."""
 
 import logging
+import shutil
+import tempfile
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +27,15 @@ settings.load_profile("steady")
 def logging_as_in_a_new_process():
     """Commands set up logging for their process, which here is that of all tests."""
     logging.getLogger().setLevel(logging.WARNING)
+
+
+@pytest.fixture
+def foreign_folder():
+    """One that `rows.unprivileged` may read but not write; root becomes nobody to be bound by it."""
+    folder = Path(tempfile.mkdtemp())
+    yield folder
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,10 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -77,6 +79,39 @@ class Program:
 
     def limit(self, for_s=600, **limits):
         return self.ask("limit", for_s=for_s, **limits)
+
+
+class Pretender:
+    """Listens at the socket of a process, by default this one, and does as it likes with who comes."""
+
+    def __init__(self, folder, says, pid=None):
+        self.path = folder / f"{pid or os.getpid()}.sock"
+        self._listener, self._says = socket.socket(socket.AF_UNIX), says
+        self._listener.bind(str(self.path))
+        self._listener.listen()
+        self.asked = 0
+        self._thread = threading.Thread(target=self._serve)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+
+    def _serve(self):
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self.asked += 1
+            with connection:
+                connection.settimeout(10)
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    self._says(connection)
 
 
 def ask(path, what, **more):

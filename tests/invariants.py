@@ -68,6 +68,7 @@ class Invariants:
         self.world = world
         self.known = Known()
         self._justified: set[str] = set()  # the plans whose first deed was due
+        self._lived: set[str] = set()  # the plans in whose time the server had a process, as far as was seen
         self._unheld_since_ms: int | None = None
 
     # -- at the moment of a deed: a wrong one is worse than a missed one -----------------------------
@@ -92,6 +93,10 @@ class Invariants:
             assert not self.world.server.stopped_by_operator, "touched what an operator had stopped"
         if step.action == "start" and not undoes:
             self._check_may_start(r)
+        if step.action == "start" and undoes:
+            assert plan_id in self._lived, (
+                f"{plan_id}: started a dead server to take back that nothing was started"
+            )
 
     def restarted(self, plan_id: str, now_ms: int) -> None:
         """A stop or a start of this plan was taken by the supervisor; a restart is one, with its undo."""
@@ -163,6 +168,8 @@ class Invariants:
                 self._check_ended(r)
             assert not r.plan.dry_run or r.phase is Phase.REHEARSED, "a dry run went further than words"
             self.known.remediations[r.plan.id] = r
+        if self.world.server.alive or self.world.supervisor.unreachable:
+            self._lived |= {r.plan.id for r in live}
         self._check_limits(live)
         self.known.transitions |= {told(t) for t in report.transitions if t.now in TOLD}
         self.known.heard = dict(self.known.wishes)

@@ -27,24 +27,14 @@ HOUR_S = 3600
 KNOWN_BLOCKS = {"header", "section", "context", "divider", "actions", "image"}
 
 
-class StandIn:
-    """An HTTP server in a thread; a subclass judges what is posted. `clock` gives epoch seconds."""
+class Loopback:
+    """HTTP on loopback, answered by `handler` in a thread from the beginning of `with` to its end."""
 
-    name = "receiver"
     path = "/"
 
-    def __init__(self, port=0, clock=time.time, on_message=None):
-        self.clock = clock
-        self.received = []  # accepted payloads, in order of arrival
-        self.requests = 0
-        self.down = False  # answers 503
-        self.hangs_up = False  # takes the message and closes the connection without an answer
-        self.slow = 0.0  # seconds before it answers
-        self.redirects_to = ""
-        self._on_message = on_message
-        self._lock = threading.Lock()
+    def __init__(self, handler, port=0):
         self._ending = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self.port = self._server.server_address[1]
@@ -59,6 +49,43 @@ class StandIn:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection to it; logs nothing."""
+
+    def answer(self, status, text, headers):
+        self.send_response_only(status)
+        length = {} if status == 204 else {"Content-Length": str(len(text.encode()))}
+        for name, value in {**length, **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def handle(self):
+        with contextlib.suppress(ConnectionError):  # not to wait for us is the client's right
+            super().handle()
+
+    def log_message(self, *args):
+        pass
+
+
+class StandIn(Loopback):
+    """A subclass judges what is posted. `clock` gives epoch seconds."""
+
+    name = "receiver"
+
+    def __init__(self, port=0, clock=time.time, on_message=None):
+        super().__init__(self._handler(), port)
+        self.clock = clock
+        self.received = []  # accepted payloads, in order of arrival
+        self.requests = 0
+        self.down = False  # answers 503
+        self.hangs_up = False  # takes the message and closes the connection without an answer
+        self.slow = 0.0  # seconds before it answers
+        self.redirects_to = ""
+        self._on_message = on_message
+        self._lock = threading.Lock()
 
     def print_received(self, file=sys.stdout):
         for payload in self.received:
@@ -83,28 +110,17 @@ class StandIn:
             return self.judge(urlsplit(target), body)
 
     def _handler(stand_in):  # noqa: N805 -- `self` is the handler inside
-        class Handler(BaseHTTPRequestHandler):
+        class Post(Handler):
             def do_POST(self):
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 status, text, headers = stand_in._answer(self.path, body)
                 stand_in._ending.wait(stand_in.slow)
                 if stand_in.hangs_up:
                     return
-                self.send_response_only(status)
-                self.send_header("Date", email.utils.formatdate(stand_in.clock(), usegmt=True))
-                for name, value in {"Content-Length": str(len(text.encode())), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(text.encode())
+                date = email.utils.formatdate(stand_in.clock(), usegmt=True)
+                self.answer(status, text, {"Date": date, **headers})
 
-            def handle(self):
-                with contextlib.suppress(ConnectionError):  # not to wait for us is the client's right
-                    super().handle()
-
-            def log_message(self, *args):
-                pass
-
-        return Handler
+        return Post
 
 
 class SlackStandIn(StandIn):

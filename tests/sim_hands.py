@@ -132,7 +132,7 @@ class SimHands:
 
     # -- the contract -----------------------------------------------------------------------------
 
-    def do(self, step: Step, task, sight, now_ms: int):
+    def do(self, step: Step, task, now_ms: int):
         self.world.maybe_kill("before the deed", f"before {step.action}")
         self.world.deed(step, task, now_ms)
         if step.action in self.refused:

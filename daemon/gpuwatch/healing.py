@@ -19,16 +19,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from gpuwatch.config import ServerSettings, Settings
-    from gpuwatch.records import Alert, Errand, Labels, Revision, ServerState, Step
+    from gpuwatch.records import Alert, Errand, Labels, Revision, ServerStart, ServerState, Step
     from gpuwatch.store import Store
     from gpuwatch.troubles import Troubles
 
 _HISTORY: Final = 100
 _STARTS: Final = 50
+_UNSEEN: Final = Sight()
 # Alerts that tell of what a remediation does: they prove nothing against it.
 _OWN_DOING: Final = frozenset({"VLLMSettingsReduced", "VLLMRestartLoop"})
 
-Ask: TypeAlias = "tuple[Remediation, Step, Sight]"
+Ask: TypeAlias = "tuple[Remediation, Step]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,14 +44,28 @@ class World:
     now_ms: int
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of one server: what is seen of it, and its starts and revisions, newest first."""
+
+    sight: Sight = _UNSEEN
+    starts: Sequence[ServerStart] = ()
+    revisions: Sequence[Revision] = ()
+
+
 @dataclass(slots=True)
 class Turn:
-    """What this tick decided: to be saved before `asks` are asked."""
+    """What this tick decided: to be saved before `asks` are asked.
+
+    What it gathered for that is gathered once: `known` of each server that something depends on, and the
+    `histories` by server, with that of all of them by None.
+    """
 
     decisions: dict[tuple[str, Labels], Plan | Refusal] = field(default_factory=dict)
     before: Sequence[Remediation] = ()
     begun: list[Remediation] = field(default_factory=list)
-    sights: dict[str, Sight] = field(default_factory=dict)  # of the servers that something depends on
+    known: dict[str, Known] = field(default_factory=dict)
+    histories: dict[str | None, Sequence[Remediation]] = field(default_factory=dict)
     remediations: list[Remediation] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     revisions: list[Revision] = field(default_factory=list)
@@ -125,24 +140,23 @@ class Healing:
         given = self._servers.get(name)
         policy = remediation.choose(self._settings.policies, alert)
         matters = state is not None and (not alert.rule or (policy is not None and bool(policy.steps)))
-        own = [*turn.begun, *self._store.remediations(name, limit=_HISTORY)] if matters else []
-        every = [*turn.begun, *self._store.remediations(limit=_HISTORY)] if matters else []
+        known = self._known(state, turn, world.now_ms) if state and matters else Known()
         return remediation.Situation(
             alert=alert,
             policy=policy,
             server=state,
             has_supervisor=name in self._supervised,
-            history=[r for r in own if r.plan.server == name],
-            all_history=every,
+            history=self._history(name, turn) if matters else (),
+            all_history=self._history(None, turn) if matters else (),
             limits=self._limits,
             paused_until_ms=world.wishes.paused_until_ms,
             resumed_at_ms=world.wishes.resumed_at_ms,
             skip_until_ms=world.wishes.skip_until_ms,
             started_at_ms=world.started_at_ms,
             jumped_at_ms=world.jumped_at_ms,
-            sight=self._sight(state, turn.sights, world.now_ms) if state and matters else Sight(),
-            starts=self._store.starts(name, limit=_STARTS) if matters else (),
-            revisions=self._store.revisions(name) if matters else (),
+            sight=known.sight,
+            starts=known.starts,
+            revisions=known.revisions,
             wanted=world.wishes.wanted.get(name),
             bounds=given.bounds if given else {},
             quantised_model=given.quantised_model if given else "",
@@ -156,19 +170,34 @@ class Healing:
             return states.get(name)
         return next(iter(states.values())) if len(states) == 1 else None
 
-    def _sight(self, state: ServerState, sights: dict[str, Sight], now_ms: int) -> Sight:
-        """What is seen of a server, looked at once a tick and only where something depends on it."""
-        if state.name not in sights:
-            hands = self._hands.get(state.name)
-            sights[state.name] = servers.sight(
-                self._store,
-                state,
-                starts=self._store.starts(state.name, limit=1),
-                errands=self._errands(hands, state.name) if hands else {},
-                revision=hands.revision() if hands else None,
-                now_ms=now_ms,
+    def _history(self, server: str | None, turn: Turn) -> list[Remediation]:
+        """Of one server or of all, the newest first: what this turn began, then what is saved."""
+        if server not in turn.histories:
+            turn.histories[server] = self._store.remediations(server, limit=_HISTORY)
+        begun = [r for r in turn.begun if server in {None, r.plan.server}]
+        return [*begun, *turn.histories[server]]
+
+    def _known(self, state: ServerState, turn: Turn, now_ms: int) -> Known:
+        """Looked at once a tick, and only where something depends on it."""
+        if state.name not in turn.known:
+            starts = self._store.starts(state.name, limit=_STARTS)
+            turn.known[state.name] = Known(
+                sight=self._sight(state, starts, now_ms),
+                starts=starts,
+                revisions=self._store.revisions(state.name),
             )
-        return sights[state.name]
+        return turn.known[state.name]
+
+    def _sight(self, state: ServerState, starts: Sequence[ServerStart], now_ms: int) -> Sight:
+        hands = self._hands.get(state.name)
+        return servers.sight(
+            self._store,
+            state,
+            starts=starts,
+            errands=self._errands(hands, state.name) if hands else {},
+            revision=hands.revision() if hands else None,
+            now_ms=now_ms,
+        )
 
     def _errands(self, hands: servers.Hands, server: str) -> Mapping[str, Errand]:
         try:
@@ -190,7 +219,7 @@ class Healing:
             turn.settings |= _unwished(moved)
         turn.remediations.append(moved)
         if step:
-            turn.asks.append((moved, step, seen.sight))
+            turn.asks.append((moved, step))
 
     def _seen(self, r: Remediation, world: World, turn: Turn) -> remediation.Seen:
         plan, wishes = r.plan, world.wishes
@@ -205,7 +234,7 @@ class Healing:
             word=word,
             by=by,
             approval_expires_ms=self._settings.remediation.approval_expires,
-            sight=self._sight(state, turn.sights, world.now_ms) if state and not plan.dry_run else Sight(),
+            sight=self._known(state, turn, world.now_ms).sight if state and not plan.dry_run else _UNSEEN,
             new_alerts=_new_alerts(r, world.firing),
         )
 
@@ -219,12 +248,12 @@ class Healing:
 
     def act(self, asks: Iterable[Ask], now_ms: int) -> None:
         """Ask each step of its server; the intent is saved already. What is heard counts at the next tick."""
-        for r, step, sight in asks:
+        for r, step in asks:
             what = f"step {step.action} of {r.plan.id}"
             key = remediation.errand_key(r, step)
             task = servers.Task(id=r.plan.id, key=key, since_ms=r.since_ms, alert=r.plan.alert)
             try:
-                heard = self._hands[r.plan.server].do(step, task, sight, now_ms)
+                heard = self._hands[r.plan.server].do(step, task, now_ms)
             except ServerError as error:
                 self._troubles.say(what, str(error))
                 if error.permanent:

@@ -286,6 +286,9 @@ class ServerStart:
     revision: int | None = None  # of its settings, where gpuwatch keeps them
 
 
+GOOD_AFTER_MS: Final = 600_000
+"""A revision whose server became healthy, and lasted so long, is good."""
+
 Argument: TypeAlias = Any
 """The value of one of vLLM's options as JSON has it: a truth, a number, a text, a list, a mapping."""
 
@@ -418,7 +421,9 @@ class PastStep:
 class Remediation:
     """A plan on its way. `asked_at_ms` is when it first touched the server.
 
-    `step_index` counts in `plan.steps`, and in `plan.undo` while it is rolled back; `since_ms` is when the
+    `is_cut` says that its steps may have ended a process of the server, or have begun one.
+
+    `step_index` counts in `plan.steps`, and in what is undone while it is rolled back; `since_ms` is when the
     present step, or the phase, began. `outcome` is a code and `facts` its figures; `notify.wording` makes the
     words. `heard` is what the present step was answered, `course` the steps before it, those of the undo
     too. `account` is what it cost and gave, at its end.
@@ -430,6 +435,7 @@ class Remediation:
     since_ms: int
     created_at_ms: int
     asked_at_ms: int | None = None
+    is_cut: bool = False
     good_since_ms: int | None = None  # while verifying: since when all has been well
     outcome: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)

@@ -1,15 +1,12 @@
 """What becomes of what guests say: samples of honest ones, nothing of the others, and all of it in time."""
 
-import contextlib
 import json
 import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -17,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from tests.fake_nvml import FakeNvml
 from tests.fake_torch import MIB
-from tests.guests import REGISTER, ROOT, TORCH, Program, wait_for
+from tests.guests import REGISTER, ROOT, TORCH, Pretender, Program, wait_for
 
 from gpuwatch import cli
 from gpuwatch.catalogue import CATALOGUE
@@ -74,39 +71,6 @@ def read(source, now_ms=0):
         assert math.isfinite(sample.value)
         assert {k for k, _ in sample.labels} <= {"__name__", *CATALOGUE[sample.labels.metric].labels}
     return {(s.labels.metric.removeprefix("cuda_"), s.labels.get("worker")): s.value for s in samples}
-
-
-class Pretender:
-    """Listens at the socket of a process, by default this one, and does as it likes with who comes."""
-
-    def __init__(self, folder, says, pid=None):
-        self.path = folder / f"{pid or os.getpid()}.sock"
-        self._listener, self._says = socket.socket(socket.AF_UNIX), says
-        self._listener.bind(str(self.path))
-        self._listener.listen()
-        self.asked = 0
-        self._thread = threading.Thread(target=self._serve)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
-        self._listener.close()
-
-    def _serve(self):
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            self.asked += 1
-            with connection:
-                connection.settimeout(10)
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    self._says(connection)
 
 
 def saying(*lines):

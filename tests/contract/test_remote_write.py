@@ -8,15 +8,14 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import traceback
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import cramjam
 import pytest
 import requests
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.receivers import Handler, Loopback
 
 import gpuwatch
 from gpuwatch.config import RemoteWriteSettings
@@ -112,33 +111,22 @@ def bits(value):
     return struct.pack("<d", value)
 
 
-class PrometheusStandIn:
+class PrometheusStandIn(Loopback):
     """Takes what is newer than what it has, else refuses the whole request; `plan` holds what it does first.
 
     A plan's step is an answer (status, text, headers) or one of: "hang", "close" the connection
     without an answer, and "lose" the answer after it took the request.
     """
 
+    path = "/api/v1/write"
+
     def __init__(self):
+        super().__init__(self._handler())
         self.plan = collections.deque()
         self.requests = []  # (path, headers, series)
         self.samples = {}  # series -> {stamp: 8 bytes}
         self.twice = 0  # samples that came again unchanged, and were let pass
         self.connections = 0
-        self._ending = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/api/v1/write"
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc_info):
-        self._ending.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
     def judge(self, series):
         with contextlib.suppress(IndexError):
@@ -163,7 +151,7 @@ class PrometheusStandIn:
         return 204, "", {}
 
     def _handler(stand_in):  # noqa: N805 -- `self` is the handler inside
-        class Handler(BaseHTTPRequestHandler):
+        class Write(Handler):
             protocol_version = "HTTP/1.1"
 
             def setup(self):
@@ -180,22 +168,9 @@ class PrometheusStandIn:
                 if isinstance(step, str):
                     self.close_connection = True
                     return
-                status, text, headers = step
-                self.send_response_only(status)
-                content = {} if status == 204 else {"Content-Length": str(len(text.encode()))}
-                for name, value in {**content, **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(text.encode())
+                self.answer(*step)
 
-            def handle(self):
-                with contextlib.suppress(ConnectionError):  # not to wait for us is the client's right
-                    super().handle()
-
-            def log_message(self, *args):
-                pass
-
-        return Handler
+        return Write
 
 
 @pytest.fixture

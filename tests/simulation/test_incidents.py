@@ -392,6 +392,53 @@ def test_a_pause_in_the_middle_of_a_change_takes_it_back_and_nothing_new_begins(
     assert not world.server.alive
 
 
+@pytest.fixture
+def dead(served):
+    """A world whose server is dead, and is to have other settings because a person wants them."""
+    world = served(mode=Mode.OBSERVE)
+    world.server.die()
+    world.run_for(10 * SECOND)
+    wish(world, max_num_seqs=32)
+    return world
+
+
+@pytest.mark.parametrize("step", ["check", "swap", "start"])
+def test_a_pause_before_a_dead_server_was_started_leaves_it_dead_with_the_settings_of_before(dead, step):
+    world = dead
+    world.kill_daemon(f"before {step}")
+    while world.down_until_ms is None:
+        world.tick()
+    world.pause()
+    run_until(world, lambda: ends(world) and not world.store.live_remediations())
+    assert phases(world)[-1] is Phase.ABORTED
+    assert world.revisions.current() == 1
+    world.run_for(MINUTE)
+    assert (world.server.lives, world.server.alive) == (1, False)
+
+
+@pytest.mark.parametrize("step", ["start", "canary", "open_door"])
+def test_a_pause_after_a_dead_server_was_started_ends_with_the_settings_of_before(dead, step):
+    world = dead
+    run_until(world, lambda: present_step(world) == step)
+    world.pause()
+    run_until(world, lambda: not world.store.live_remediations(), 4 * MINUTE)
+    assert phases(world)[-1] is Phase.ROLLED_BACK
+    assert world.server.works
+    assert world.server.revision == world.revisions.current() == 1
+
+
+def test_a_server_that_starts_with_neither_settings_is_not_tried_with_those_of_before_again(served):
+    too_small = {**ARGUMENTS, "gpu_memory_utilization": 0.5}
+    world = served(serves=False, arguments=too_small, just_started_grace=MINUTE)
+    world.server.failing_starts = 1
+    run_until(world, lambda: Phase.FAILED in phases(world), 5 * MINUTE)
+    assert (world.server.lives, world.revisions.current()) == (2, 1)
+    world.run_for(5 * MINUTE)
+    assert why_not(world) == ["would_fail_again"]
+    assert (world.server.lives, world.revisions.current()) == (2, 1)
+    check_words_and_rows(world)
+
+
 def test_a_stop_by_hand_in_the_middle_of_a_change_is_respected(served):
     world = served()
     wish(world, max_num_seqs=32)

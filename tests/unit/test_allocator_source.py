@@ -1,16 +1,13 @@
 """What is told of an allocator with graphs, sleep mode, expandable segments; what becomes of an OOM."""
 
-import contextlib
 import json
 import os
-import socket
-import threading
 from pathlib import Path
 
 import pytest
 from tests.fake_nvml import FakeNvml
 from tests.fake_torch import MIB
-from tests.guests import REGISTER, TORCH, Program, wait_for
+from tests.guests import REGISTER, TORCH, Pretender, Program, wait_for
 
 from gpuwatch.guest import client
 from gpuwatch.records import Labels
@@ -79,37 +76,21 @@ def server_of(*pids):
     return trees
 
 
-class Guest:
+class Guest(Pretender):
     """Answers as the guest of this process, `figures` and `snapshot` as given."""
 
     def __init__(self, folder, **snapshot):
-        self.asked, self.stats, self.snapshot = [], STATS, {"devices": [SUMMARY], **snapshot}
+        super().__init__(folder, self._answer)
+        self.heard, self.stats, self.snapshot = [], STATS, {"devices": [SUMMARY], **snapshot}
         self.device, self.figures = {}, {}
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(folder / f"{os.getpid()}.sock"))
-        self._listener.listen()
-        self._thread = threading.Thread(target=self._serve)
 
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
-        self._listener.close()
-
-    def _serve(self):
+    def _answer(self, connection):
         who = {"protocol": 1, "pid": os.getpid(), "worker": "EngineCore"}
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self._listener.accept()
-                with connection:
-                    what = json.loads(connection.recv(4096))["ask"]
-                    self.asked.append(what)
-                    device = {"device": 0, "uuid": UUID, "stats": self.stats, **self.device}
-                    said = self.snapshot if what == "snapshot" else {"devices": [device], **self.figures}
-                    connection.sendall(json.dumps(who | said).encode() + b"\n")
+        what = json.loads(connection.recv(4096))["ask"]
+        self.heard.append(what)
+        device = {"device": 0, "uuid": UUID, "stats": self.stats, **self.device}
+        said = self.snapshot if what == "snapshot" else {"devices": [device], **self.figures}
+        connection.sendall(json.dumps(who | said).encode() + b"\n")
 
 
 # -- the guest: fragments ----------------------------------------------------------------------------------
@@ -255,7 +236,7 @@ def test_a_snapshot_is_asked_for_every_30_seconds(tmp_path):
         source = AllocatorSource(tmp_path, FakeNvml())
         for now_ms in range(0, 61_000, 1000):
             assert read(source, now_ms)["allocator_slack_bytes"] == 50
-        assert (guest.asked.count("figures"), guest.asked.count("snapshot")) == (61, 3)
+        assert (guest.heard.count("figures"), guest.heard.count("snapshot")) == (61, 3)
 
 
 def test_a_snapshot_that_takes_long_is_asked_for_more_rarely(tmp_path):
@@ -263,9 +244,9 @@ def test_a_snapshot_that_takes_long_is_asked_for_more_rarely(tmp_path):
         source = AllocatorSource(tmp_path, FakeNvml())
         for now_ms in (0, 30_000, 99_000):
             source.read(now_ms)
-        assert guest.asked.count("snapshot") == 1
+        assert guest.heard.count("snapshot") == 1
         source.read(100_000)
-        assert guest.asked.count("snapshot") == 2
+        assert guest.heard.count("snapshot") == 2
 
 
 @pytest.mark.parametrize(
@@ -285,7 +266,7 @@ def test_a_snapshot_that_is_none_leaves_the_counters_of_torch_as_they_are(tmp_pa
             figures = read(source, now_ms)
             assert figures["allocator_reserved_bytes"] == 120
             assert figures.keys().isdisjoint({"allocator_slack_bytes", "graph_pool_bytes"})
-        assert guest.asked == ["figures", "snapshot", "figures"], "it is not left in peace, nor pestered"
+        assert guest.heard == ["figures", "snapshot", "figures"], "it is not left in peace, nor pestered"
 
 
 @pytest.mark.parametrize(

@@ -5,30 +5,24 @@ import dataclasses
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests import decisions
+from tests.decisions import LIMITS, MINUTE, NOW, alert, server, serving
 
 from gpuwatch import config, remediation
 from gpuwatch.records import (
     ActionClass,
-    Alert,
-    AlertState,
-    Labels,
     Mode,
     Phase,
     Refusal,
     Revision,
     ServerPhase,
     ServerStart,
-    ServerState,
     Sight,
     StartOutcome,
-    SupervisorPhase,
-    SupervisorState,
 )
-from gpuwatch.remediation import Change, Decision, Limits, Situation, cure, wishes
+from gpuwatch.remediation import Change, Decision, cure, wishes
 from gpuwatch.servers.starts import failures
 
-NOW = 1_800_000_000_000
-MINUTE = 60_000
 GIB = 2**30
 H200 = {"0": 140 * GIB}
 BASE = {"model": "m", "gpu_memory_utilization": 0.9, "max_model_len": 8192, "max_num_seqs": 128}
@@ -62,61 +56,26 @@ LESS = Revision(
     why="memory_share_not_free",
     parent=1,
 )
-DOWN = ServerState(
-    name="m",
-    phase=ServerPhase.DOWN,
-    since_ms=NOW - 5000,
-    seen_at_ms=NOW,
-    supervisor=SupervisorState(phase=SupervisorPhase.INACTIVE),
-)
-SERVING = dataclasses.replace(
-    DOWN, phase=ServerPhase.SERVING, supervisor=SupervisorState(phase=SupervisorPhase.ACTIVE)
-)
+DOWN, SERVING = server(), serving()
 GONE = Sight(processes=0, gpu_holders=0, free_bytes=H200, total_bytes=H200, revision=1)
-LIMITS = Limits(
-    cooldown_ms=300_000,
-    budget_count=3,
-    budget_per_ms=3_600_000,
-    verify_for_ms=30_000,
-    step_within_ms=600_000,
-    just_started_grace_ms=60_000,
-)
-
-
-def alert(rule="VLLMDown", **labels):
-    return Alert(
-        rule=rule,
-        labels=Labels.of(alertname=rule, server="m", **labels),
-        annotations={"summary": "Server m is down"},
-        state=AlertState.FIRING,
-        value=1.0,
-        active_at_ms=NOW - 3000,
-    )
 
 
 def policy(*steps, **more):
     return config.Policy(name="p", match={}, steps=list(steps), **more)
 
 
+KEPT = {
+    "policy": policy("capture", "restart"),
+    "sight": GONE,
+    "revisions": [WANTED],
+    "wanted": 1,
+    "bounds": BOUNDS,
+}
+
+
 def situation(**changes):
-    whole = Situation(
-        alert=alert(),
-        policy=policy("capture", "restart"),
-        server=DOWN,
-        has_supervisor=True,
-        history=[],
-        limits=LIMITS,
-        paused_until_ms=None,
-        resumed_at_ms=0,
-        started_at_ms=NOW - 3_600_000,
-        jumped_at_ms=None,
-        now_ms=NOW,
-        sight=GONE,
-        revisions=[WANTED],
-        wanted=1,
-        bounds=BOUNDS,
-    )
-    return dataclasses.replace(whole, **changes)
+    """Of a server whose settings gpuwatch keeps."""
+    return decisions.situation(**{**KEPT, **changes})
 
 
 def start(failure="", *, ended_ago_ms=MINUTE, outcome=StartOutcome.HEALTHY, revision=1, **more):
@@ -184,6 +143,50 @@ def test_a_restart_that_must_fail_again_becomes_a_change_of_arguments(last, chan
     assert actions_of(decision)[0] == "capture"
     assert "swap" in actions_of(decision)
     assert [c.code for c in plan.considered].count("chosen") == 1
+
+
+def test_arguments_that_could_not_start_are_not_started_again_after_others_could_not_either():
+    starts = [
+        failed("unknown", revision=2),
+        failed("kv_cache_too_small", ended_ago_ms=9 * MINUTE, facts=TOO_SMALL),
+    ]
+    tried = dataclasses.replace(LESS, arguments={**BASE, "max_model_len": 20480})
+    decision = decided(starts=starts, revisions=[tried, WANTED])
+    assert (decision.plan.before, decision.plan.after) == (1, 3)
+    assert decision.revision.arguments == {**BASE, "gpu_memory_utilization": 0.93}
+
+
+COULD_NOT_START = [failed("kv_cache_too_small", facts=TOO_SMALL)]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "undo"),
+    [
+        ("it could not start", {"starts": COULD_NOT_START}, "swap"),
+        ("nor did others since", {"starts": [failed("unknown", revision=2), *COULD_NOT_START]}, "swap"),
+        (
+            "it served before",
+            {"starts": [start("runtime_oom")] * 2},
+            "swap stop await_memory start canary open_door",
+        ),
+    ],
+)
+def test_a_dead_server_is_taken_back_to_a_start_only_where_that_may_serve(name, changes, undo):
+    decision = decided(**changes)
+    assert decision.plan.kind is ActionClass.RECONFIGURE
+    assert [step.action for step in decision.plan.undo] == undo.split()
+
+
+def test_a_server_that_lives_is_started_again_whatever_its_last_start_was():
+    sight = dataclasses.replace(GONE, processes=3, gpu_holders=1, requests_running=40)
+    decision = decided(
+        alert=alert("VLLMPreempting"),
+        policy=policy("reconfigure"),
+        server=SERVING,
+        sight=sight,
+        starts=COULD_NOT_START,
+    )
+    assert "start" in [step.action for step in decision.plan.undo]
 
 
 def test_without_revisions_such_a_restart_is_refused():

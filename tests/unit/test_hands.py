@@ -13,7 +13,7 @@ from tests.guests import REGISTER, ROOT, TORCH, Program, wait_for
 from gpuwatch.clock import ManualClock
 from gpuwatch.config import ACTIONS, ServerSettings
 from gpuwatch.errors import ServerError
-from gpuwatch.records import ErrandPhase, Revision, Sight, Step
+from gpuwatch.records import ErrandPhase, Revision, Step
 from gpuwatch.servers import Errands, Hands, Task
 from gpuwatch.servers.revisions import Revisions
 from gpuwatch.sources import local_session
@@ -88,7 +88,7 @@ class Host:
         args = {name: str(value) for name, value in args.items()}
         task = Task(id="p1", key=f"p1-{action}", since_ms=1000, alert="Alert")
         asked = Step(action=action, args=args, **(step or STEP))
-        return self.hands().do(asked, task, Sight(), 1000 + at_ms)
+        return self.hands().do(asked, task, 1000 + at_ms)
 
     def ended(self, action):
         hands = self.hands()
@@ -242,7 +242,7 @@ def test_in_the_last_quarter_of_its_time_a_drain_aborts_what_is_left(host, route
         hands = host.hands()
         task = Task(id="p1", key="p1-drain", since_ms=0, alert="A")
         step = Step(action="drain", **STEP)
-        heard = [hands.do(step, task, Sight(), at_ms) for at_ms in (44_999, 45_000, 50_000)]
+        heard = [hands.do(step, task, at_ms) for at_ms in (44_999, 45_000, 50_000)]
         assert heard == [{}, {"aborted": "2"}, {"aborted": "2"}]
         assert program.do("print(len(app.state.engine_client.output_processor.request_states))") == "0"
     assert routes.asked == [], "a guest did it"
@@ -411,7 +411,7 @@ def test_settings_that_cannot_be_had_are_refused_for_good_with_a_cure(host):
     for action, parts, number, cure in cases:
         step = Step(action=action, args={"revision": str(number)}, **STEP)
         with pytest.raises(ServerError, match=cure) as caught:
-            host.hands(**parts).do(step, Task(id="p", key="p-x", since_ms=0, alert=""), Sight(), 0)
+            host.hands(**parts).do(step, Task(id="p", key="p-x", since_ms=0, alert=""), 0)
         assert caught.value.permanent
     assert host.hands(revisions=None).revision() is None
 

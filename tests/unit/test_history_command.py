@@ -330,7 +330,9 @@ def test_steps_tell_how_far_it_has_come(gpuwatch):
 
 def test_each_step_tells_when_it_began_and_when_it_was_over(gpuwatch):
     walked = (("check", StepEnd.DONE, 9), ("drain", StepEnd.LATE, 60), ("stop", StepEnd.FAILED, 2))
-    row = remediation(DECIDED, Phase.ROLLING_BACK, lasted_ms=71 * SECOND, course=tuple(course(*walked)))
+    row = remediation(
+        DECIDED, Phase.ROLLING_BACK, lasted_ms=71 * SECOND, course=tuple(course(*walked)), is_cut=True
+    )
     walk, undo = told(gpuwatch, row)
     spans = [(step["state"], step["began_at_ms"], step["ended_at_ms"]) for step in (*walk[:4], *undo[:2])]
     assert spans == [
@@ -362,11 +364,14 @@ def test_people_read_the_steps_as_a_table(gpuwatch):
 
 def test_a_step_that_failed_is_told_and_how_far_it_was_taken_back(gpuwatch):
     failed = (*done(5), *course(("start", StepEnd.FAILED, 9)))
-    rolling = remediation(DECIDED, Phase.ROLLING_BACK, step=1, course=(*failed, *done(1, UNDO, is_undo=True)))
+    undone = (*failed, *done(1, UNDO, is_undo=True))
+    rolling = remediation(DECIDED, Phase.ROLLING_BACK, step=1, course=undone, is_cut=True)
     walk, undo = states(gpuwatch, rolling)
     assert walk == [*["done"] * 5, "failed", "open", "open"]
     assert undo == ["done", "under_way", "open"]
-    back = remediation(DECIDED, Phase.ROLLED_BACK, step=2, course=(*failed, *done(3, UNDO, is_undo=True)))
+    back = remediation(
+        DECIDED, Phase.ROLLED_BACK, step=2, course=(*failed, *done(3, UNDO, is_undo=True)), is_cut=True
+    )
     assert states(gpuwatch, back)[1] == ["done"] * 3
 
 
@@ -382,6 +387,16 @@ def test_a_command_s_secrets_are_not_shown(gpuwatch):
     row = remediation(its_plan)
     assert "/opt/page" in gpuwatch(why, "GW-AAAAAA", remediations=[row])
     assert "s3cret" not in gpuwatch(why, "GW-AAAAAA") + gpuwatch(why, "GW-AAAAAA", "--json")
+
+
+def test_of_a_server_that_was_left_dead_the_settings_alone_are_told_to_be_taken_back(gpuwatch):
+    swapped_back = (*done(5), *done(1, UNDO, is_undo=True))
+    called_off = remediation(
+        DECIDED, Phase.ABORTED, outcome="aborted_by", asked_at_ms=AT_MS, course=swapped_back
+    )
+    assert states(gpuwatch, called_off) == ([*["done"] * 5, "open", "open", "open"], ["done"])
+    (found,) = json.loads(gpuwatch(why, "GW-AAAAAA", "--json"))
+    assert [step["action"] for step in found["undo"]] == ["swap"]
 
 
 def test_the_bundle_is_named_if_it_is_there(gpuwatch, tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.decisions import LIMITS, MINUTE, NOW, SECOND, server, serving
 
 from gpuwatch import config, remediation
 from gpuwatch.records import (
@@ -22,42 +23,19 @@ from gpuwatch.records import (
     Remediation,
     ServerPhase,
     ServerStart,
-    ServerState,
     Sight,
     StartOutcome,
     Step,
     StepEnd,
     SupervisorPhase,
-    SupervisorState,
 )
 from gpuwatch.remediation import ACTIONS, STEPS, Event, Seen, machine
 from gpuwatch.remediation.actions import Figures, expanded, kind_of
 from gpuwatch.remediation.steps import Failed, Look, judged, walked
 from gpuwatch.store.codec import from_json, to_json
 
-NOW = 1_800_000_000_000
-SECOND, MINUTE = 1000, 60_000
-LIMITS = remediation.Limits(
-    cooldown_ms=5 * MINUTE,
-    budget_count=3,
-    budget_per_ms=60 * MINUTE,
-    verify_for_ms=30 * SECOND,
-    step_within_ms=10 * MINUTE,
-    just_started_grace_ms=MINUTE,
-)
 BEFORE, AFTER = 6, 7
 FIGURES = Figures(limits=LIMITS, limit=4, before=BEFORE, after=AFTER)
-
-
-def server(
-    phase=ServerPhase.DOWN, supervisor=SupervisorPhase.INACTIVE, *, started_at_ms=None, stop_asked=False
-):
-    its = SupervisorState(phase=supervisor, started_at_ms=started_at_ms, stop_asked=stop_asked, detail="gone")
-    return ServerState(name="m", phase=phase, since_ms=NOW - MINUTE, seen_at_ms=NOW, supervisor=its)
-
-
-def serving(started_at_ms=NOW - MINUTE, **more):
-    return server(ServerPhase.SERVING, SupervisorPhase.ACTIVE, started_at_ms=started_at_ms, **more)
 
 
 def life(began_at_ms=NOW - MINUTE, revision=None, **more):
@@ -80,7 +58,6 @@ def plan(*actions, mode=Mode.AUTO, dry_run=False, **more):
         alert="VLLMDown",
         alert_labels=Labels.of(alertname="VLLMDown", server="m"),
         steps=steps,
-        undo=undo,
         kind=kind_of(actions),
         before=BEFORE if changes else None,
         after=AFTER if changes else None,
@@ -88,14 +65,14 @@ def plan(*actions, mode=Mode.AUTO, dry_run=False, **more):
         mode=mode,
         dry_run=dry_run,
         policy="p",
-        **more,
+        **{"undo": undo, **more},
     )
 
 
 def at(phase, *actions, step="", touched=True, mode=Mode.AUTO, row=None, **more):
     """A remediation that came to `phase` now, in a walk to the step of that name."""
     its = remediation.begin(plan(*(actions or ("restart",)), mode=mode, **more), NOW)
-    its = dataclasses.replace(its, phase=phase, asked_at_ms=NOW if touched else None)
+    its = dataclasses.replace(its, phase=phase, asked_at_ms=NOW if touched else None, is_cut=touched)
     index = [s.action for s in walked(its)].index(step) if step else 0
     return dataclasses.replace(its, **{"step_index": index, **(row or {})})
 
@@ -341,6 +318,8 @@ def test_a_process_that_died_again_says_of_what():
 OVER = {"alert_firing": False}
 HAS_DOOR = sees(doors=1)
 LIMITED = sees(doors=1, admission_limit=4)
+UNCUT = {"is_cut": False}
+NO_WAY_BACK = (Step(action="swap", within_ms=MINUTE, args={"revision": str(BEFORE)}),)
 
 CASES = [  # (name, remediation, seen, after ms, phase, step that is asked, outcome)
     ("auto acts at once", at(Phase.PLANNED), seen(serving(), HAS_DOOR), 0, Phase.APPLYING, "drain", ""),
@@ -701,6 +680,118 @@ CASES = [  # (name, remediation, seen, after ms, phase, step that is asked, outc
         "swap",
         "aborted_by",
     ),
+    (
+        "called off before a dead server was started: nothing is asked",
+        at(Phase.APPLYING, "reconfigure", step="swap", row=UNCUT),
+        seen(server(), sees(revision=BEFORE), paused=True),
+        1,
+        Phase.ABORTED,
+        "",
+        "aborted_by",
+    ),
+    (
+        "called off while a dead server was to be started, and was not: its settings are set back",
+        at(Phase.APPLYING, "reconfigure", step="start", row=UNCUT),
+        seen(server(), sees(revision=AFTER), paused=True),
+        1,
+        Phase.ROLLING_BACK,
+        "swap",
+        "aborted_by",
+    ),
+    (
+        "which is all",
+        at(Phase.ROLLING_BACK, "reconfigure", step="swap", row={**UNCUT, "outcome": "aborted_by"}),
+        seen(server(), sees(revision=BEFORE), paused=True),
+        1,
+        Phase.ABORTED,
+        "",
+        "aborted_by",
+    ),
+    (
+        "called off while the remains of a dead server are ended: it is not started",
+        at(Phase.APPLYING, "reconfigure", step="await_memory", row=UNCUT),
+        seen(server(stop_asked=True), sees(revision=BEFORE, gpu_holders=1), word="abort"),
+        1,
+        Phase.ABORTED,
+        "",
+        "aborted_by",
+    ),
+    (
+        "remains of a dead server that cannot be ended: it is not started",
+        at(Phase.APPLYING, "reconfigure", step="stop", row=UNCUT),
+        seen(server(stop_asked=True), sees(revision=BEFORE, processes=1)),
+        10 * MINUTE,
+        Phase.FAILED,
+        "",
+        "step_late",
+    ),
+    (
+        "called off once a dead server was started: that is taken back",
+        at(Phase.APPLYING, "reconfigure", step="start", row=UNCUT),
+        seen(
+            server(supervisor=SupervisorPhase.ACTIVE, started_at_ms=NOW + 1),
+            sees(revision=AFTER),
+            paused=True,
+        ),
+        SECOND,
+        Phase.ROLLING_BACK,
+        "swap",
+        "aborted_by",
+    ),
+    (
+        "a dead server that was started, and died again: it is started with the revision before",
+        at(Phase.APPLYING, "reconfigure", step="start", row=UNCUT),
+        seen(DEAD_ANEW, sees(revision=BEFORE)),
+        9000,
+        Phase.ROLLING_BACK,
+        "start",
+        "died_again",
+    ),
+    (
+        "called off while it is drained: the door opens, and nothing else is asked",
+        at(Phase.APPLYING, "reconfigure", step="drain", row=UNCUT),
+        seen(serving(), sees(revision=BEFORE, doors=1), word="abort"),
+        1,
+        Phase.ROLLING_BACK,
+        "open_door",
+        "aborted_by",
+    ),
+    (
+        "neither revision starts: the settings are set back",
+        at(Phase.APPLYING, "reconfigure", step="start", undo=NO_WAY_BACK),
+        seen(DEAD_ANEW, sees(revision=AFTER)),
+        9000,
+        Phase.ROLLING_BACK,
+        "swap",
+        "died_again",
+    ),
+    (
+        "and nothing is started",
+        at(Phase.ROLLING_BACK, "reconfigure", undo=NO_WAY_BACK, row={"outcome": "died_again"}),
+        seen(DEAD_ANEW, sees(revision=BEFORE)),
+        1,
+        Phase.FAILED,
+        "",
+        "died_again",
+    ),
+    (
+        "what lives is not ended for arguments that could not start: called off",
+        at(Phase.VERIFYING, "reconfigure", undo=NO_WAY_BACK),
+        seen(serving(), sees(revision=AFTER), paused=True),
+        1,
+        Phase.ABORTED,
+        "",
+        "aborted_by",
+    ),
+    (
+        "what lives is not ended for arguments that could not start: not proved",
+        at(Phase.VERIFYING, "reconfigure", undo=NO_WAY_BACK),
+        seen(serving(), sees(revision=AFTER)),
+        6 * MINUTE,
+        Phase.FAILED,
+        "",
+        "never_verified",
+    ),
     ("down again", at(Phase.VERIFYING), seen(server()), 1, Phase.FAILED, "", "relapsed"),
     (
         "down again with other arguments",
@@ -1031,7 +1122,7 @@ def test_a_step_that_failed_is_kept_with_its_reason_and_so_are_those_of_the_undo
 def test_a_step_that_was_cut_short_is_kept_as_called_off():
     r = walk(Host(), wished("restart"), aborted_at=2)
     assert course(r) == [("drain", StepEnd.CALLED_OFF)]
-    assert course(r, is_undo=True) == [("start", StepEnd.DONE), ("open_door", StepEnd.DONE)]
+    assert course(r, is_undo=True) == [("open_door", StepEnd.DONE)]
 
 
 def test_what_could_not_be_done_and_was_passed_over_is_kept_as_it_ended():
@@ -1088,6 +1179,29 @@ def test_aborted_at_any_tick_a_restart_ends_with_a_server_that_serves(tick):
     r = walk(host, wished("restart"), aborted_at=tick, killed_at={tick, tick + 1})
     assert r.phase in {Phase.ABORTED, Phase.ROLLED_BACK}
     assert (host.serves, host.limit) == (True, None)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("tick", range(30))
+def test_a_change_of_a_dead_server_that_is_called_off_starts_it_only_if_it_had_been_started(tick, killed):
+    whole = Host(process=None)
+    walk(whole, wished("reconfigure"))
+    started_at = (whole.last_began_ms - NOW) // SECOND
+    host = Host(process=None)
+    r = walk(host, wished("reconfigure"), aborted_at=tick, killed_at=range(tick - killed, tick))
+    assert (host.revision, host.limit) == (BEFORE, None)
+    if tick <= started_at + killed:
+        assert (r.phase, host.process, host.last_began_ms < NOW) == (Phase.ABORTED, None, True)
+    else:
+        assert (r.phase, host.process[1], host.serves) == (Phase.ROLLED_BACK, BEFORE, True)
+
+
+def test_a_dead_server_that_starts_with_neither_revision_is_started_once_and_has_that_of_before():
+    host = Host(process=None, bad=frozenset({BEFORE, AFTER}))
+    r = walk(host, remediation.begin(plan("reconfigure", by="ann", undo=NO_WAY_BACK), NOW))
+    assert (r.phase, r.outcome, host.revision, host.process) == (Phase.FAILED, "died_again", BEFORE, None)
+    began = NOW + SECOND * host.asked.index("start")
+    assert host.last_began_ms == began
 
 
 @pytest.mark.parametrize("bad", [frozenset(), frozenset({AFTER})], ids=["good", "bad"])
@@ -1165,11 +1279,11 @@ TICKS = st.lists(
     st.tuples(LOOKS, HEARD, st.sampled_from([1, SECOND, 20 * SECOND, 20 * MINUTE])), min_size=1, max_size=40
 )
 PLANS = st.builds(
-    lambda actions, mode, dry_run, signals: plan(*actions, mode=mode, dry_run=dry_run, signals=signals),
+    lambda actions, mode, dry_run, more: plan(*actions, mode=mode, dry_run=dry_run, **more),
     st.lists(st.sampled_from(sorted(ACTIONS)), min_size=1, max_size=3),
     st.sampled_from([Mode.AUTO, Mode.AUTO, Mode.APPROVE, Mode.OBSERVE]),
     st.sampled_from([False, False, True]),
-    st.sampled_from([{}, SIGNALS]),
+    st.sampled_from([{}, {"signals": SIGNALS}, {"undo": NO_WAY_BACK}]),
 )
 
 

@@ -3,72 +3,26 @@
 import dataclasses
 
 import pytest
+from tests.decisions import LIMITS, NOW, alert, server, serving, situation
 
 from gpuwatch import config, remediation
 from gpuwatch.records import (
     ActionClass,
-    Alert,
-    AlertState,
-    Labels,
     Mode,
     Phase,
     Plan,
     Refusal,
     ServerPhase,
     ServerStart,
-    ServerState,
     Sight,
     StartOutcome,
     Step,
     SupervisorPhase,
-    SupervisorState,
 )
-from gpuwatch.remediation import Decision, Situation
+from gpuwatch.remediation import Decision
 
-NOW = 1_800_000_000_000
-LIMITS = remediation.Limits(
-    cooldown_ms=300_000,
-    budget_count=3,
-    budget_per_ms=3_600_000,
-    verify_for_ms=30_000,
-    step_within_ms=600_000,
-    just_started_grace_ms=60_000,
-    cooldown_most_ms=3_600_000,
-    breaker_count=3,
-    breaker_per_ms=21_600_000,
-)
-ALERT = Alert(
-    rule="VLLMDown",
-    labels=Labels.of(alertname="VLLMDown", server="m", remediation="restart"),
-    annotations={},
-    state=AlertState.FIRING,
-    value=1.0,
-    active_at_ms=NOW - 3000,
-    fired_at_ms=NOW,
-)
+ALERT = alert()
 RESTART = config.DEFAULT_POLICIES[0]
-
-
-def server(phase=ServerPhase.DOWN, supervisor=SupervisorPhase.INACTIVE, **more):
-    state = SupervisorState(phase=supervisor, **{k: more.pop(k) for k in ("started_at_ms",) if k in more})
-    return ServerState(name="m", phase=phase, since_ms=NOW, seen_at_ms=NOW, supervisor=state, **more)
-
-
-def situation(**changes):
-    whole = Situation(
-        alert=ALERT,
-        policy=RESTART,
-        server=server(),
-        has_supervisor=True,
-        history=[],
-        limits=LIMITS,
-        paused_until_ms=None,
-        resumed_at_ms=0,
-        started_at_ms=NOW - 3_600_000,
-        jumped_at_ms=None,
-        now_ms=NOW,
-    )
-    return dataclasses.replace(whole, **changes)
 
 
 def plan(mode=Mode.AUTO, dry_run=False):
@@ -94,7 +48,7 @@ def steps(*names, **more):
     return config.Policy(name="mine", match={}, steps=list(names), **more)
 
 
-SERVING = server(ServerPhase.SERVING, SupervisorPhase.ACTIVE)
+SERVING = serving()
 UNHELPFUL = [past(Phase.ROLLED_BACK, NOW - 7_200_000 * n) for n in (1, 2, 3)]
 STARTED_BADLY = ServerStart(
     server="m",

@@ -11,30 +11,18 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 import pytest
+from tests.rows import REFUSED, SERVER, alert, message, remediation, unprivileged
 
 from gpuwatch.errors import StoreError
 from gpuwatch.records import (
-    Alert,
     AlertState,
     Labels,
-    Mode,
-    Notification,
     Phase,
-    Plan,
-    Refusal,
-    Remediation,
-    ServerPhase,
     ServerStart,
-    ServerState,
     StartOutcome,
-    Step,
-    SupervisorPhase,
-    SupervisorState,
     Transition,
 )
 from gpuwatch.store import state as state_module
@@ -52,59 +40,10 @@ HOUR_MS = 3_600_000
 MIB = 2**20
 
 
-def alert(rule="GpuMemoryHigh", value=0.97, state=AlertState.FIRING, annotations=None, **labels):
-    return Alert(
-        rule=rule,
-        labels=Labels.of(alertname=rule, **labels),
-        annotations={"summary": "显存 97 %"} if annotations is None else annotations,
-        state=state,
-        value=value,
-        active_at_ms=1000,
-        fired_at_ms=2000,
-    )
-
-
 def fired(at_ms, **labels):
     return Transition(alert=alert(**labels), was=AlertState.PENDING, now=AlertState.FIRING, at_ms=at_ms)
 
 
-def remediation(name="r1", server="qwen", phase=Phase.APPLYING, created_at_ms=1000):
-    plan = Plan(
-        id=name,
-        server=server,
-        alert="ServerDown",
-        alert_labels=Labels.of(server=server),
-        steps=(Step(action="restart", within_ms=600_000),),
-        verify_for_ms=120_000,
-        mode=Mode.AUTO,
-        dry_run=False,
-        policy="restart",
-    )
-    return Remediation(
-        plan=plan, phase=phase, step_index=0, since_ms=created_at_ms, created_at_ms=created_at_ms
-    )
-
-
-def message(name, receiver="slack", created_at_ms=1000, body='{"text":"…"}', **more):
-    return Notification(
-        id=name, receiver=receiver, body=body, created_at_ms=created_at_ms, next_attempt_at_ms=0, **more
-    )
-
-
-SERVER = ServerState(
-    name="qwen",
-    phase=ServerPhase.DOWN,
-    since_ms=5,
-    seen_at_ms=6,
-    supervisor=SupervisorState(phase=SupervisorPhase.FAILED, pid=7, detail="exit-code"),
-)
-REFUSED = Refusal(
-    server="qwen",
-    alert="ServerDown",
-    alert_labels=Labels.of(server="qwen"),
-    code="cooling_down",
-    facts={"left": "5m"},
-)
 PAUSED = Audit(at_ms=NOW_MS, who="root", what="pause", facts={"until": "12:00", "why": "ремонт"})
 START = ServerStart(
     server="qwen",
@@ -560,27 +499,6 @@ def test_a_program_that_holds_the_database_is_told_and_outlived(state, tmp_path)
         assert state.settings() == {}, "reading goes on"
     state.write([EVERYTHING])
     assert state.settings() == EVERYTHING.settings
-
-
-@pytest.fixture
-def foreign_folder():
-    """A folder that may be read but not written; root becomes nobody to be bound by it."""
-    folder = Path(tempfile.mkdtemp())
-    yield folder
-    folder.chmod(0o755)
-    shutil.rmtree(folder)
-
-
-@contextmanager
-def unprivileged(folder):
-    folder.chmod(0o555)
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
 
 
 @pytest.mark.parametrize("running", [True, False])

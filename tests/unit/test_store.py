@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import textwrap
-from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
+from contextlib import ExitStack, closing
 
 import pytest
+from tests.rows import REFUSED, SERVER, alert, message, remediation, unprivileged
 
 from gpuwatch.config import StoreSettings
 from gpuwatch.config.size import Size
@@ -23,20 +20,12 @@ from gpuwatch.frames.rowtext import HOUR_MS
 from gpuwatch.promql import Matcher
 from gpuwatch.records import (
     STALE,
-    Alert,
     AlertState,
     Labels,
-    Mode,
-    Notification,
     Phase,
-    Plan,
     Refusal,
-    Remediation,
     ServerPhase,
     ServerState,
-    Step,
-    SupervisorPhase,
-    SupervisorState,
     Transition,
     is_stale,
 )
@@ -60,46 +49,6 @@ ALL = Matcher("__name__", "=~", ".*")
 POWER = Labels.of("gpu_power_draw_watts", gpu="0")
 UP = Labels.of("up")
 ROOMY = StoreSettings(min_free=Size(0))
-
-
-def alert(rule="GpuMemoryHigh", value=0.97, state=AlertState.FIRING, **labels):
-    return Alert(
-        rule=rule,
-        labels=Labels.of(alertname=rule, **labels),
-        annotations={"summary": "显存 97 %"},
-        state=state,
-        value=value,
-        active_at_ms=1000,
-        fired_at_ms=2000,
-    )
-
-
-def remediation(name="r1", server="qwen", phase=Phase.APPLYING, created_at_ms=1000):
-    plan = Plan(
-        id=name,
-        server=server,
-        alert="ServerDown",
-        alert_labels=Labels.of(server=server),
-        steps=(Step(action="restart", within_ms=600_000),),
-        verify_for_ms=120_000,
-        mode=Mode.AUTO,
-        dry_run=False,
-        policy="restart",
-    )
-    return Remediation(
-        plan=plan, phase=phase, step_index=0, since_ms=created_at_ms, created_at_ms=created_at_ms
-    )
-
-
-def message(name, receiver="slack", created_at_ms=1000, **more):
-    return Notification(
-        id=name,
-        receiver=receiver,
-        body='{"text":"…"}',
-        created_at_ms=created_at_ms,
-        next_attempt_at_ms=0,
-        **more,
-    )
 
 
 def power(store, at_ms, value=300.0):
@@ -294,28 +243,14 @@ def test_samples_that_frames_hold_are_reloaded_no_more(store, reopened):
 
 def test_every_record_comes_back_as_it_was(store, reopened):
     fired = alert(gpu="0")
-    server = ServerState(
-        name="qwen",
-        phase=ServerPhase.DOWN,
-        since_ms=5,
-        seen_at_ms=6,
-        supervisor=SupervisorState(phase=SupervisorPhase.FAILED, pid=7, detail="exit-code"),
-    )
-    refused = Refusal(
-        server="qwen",
-        alert="ServerDown",
-        alert_labels=Labels.of(server="qwen"),
-        code="cooling_down",
-        facts={"left": "5m"},
-    )
     store.save(
         Changes(
             alerts=[fired],
-            servers=[server],
+            servers=[SERVER],
             remediations=[remediation()],
             notifications=[message("n1", error="HTTP 500")],
             receivers={"slack": '{"failures":3}'},
-            refusals=[refused],
+            refusals=[REFUSED],
             settings={"paused": "true"},
         ),
         NOW_MS,
@@ -324,11 +259,11 @@ def test_every_record_comes_back_as_it_was(store, reopened):
     for found in (store_in_memory_of(again), again):
         assert found.active_alerts() == [fired]
         assert isinstance(found.active_alerts()[0].labels, Labels)
-        assert found.servers() == {"qwen": server}
+        assert found.servers() == {"qwen": SERVER}
         assert found.live_remediations() == [remediation()]
         assert found.notifications() == [message("n1", error="HTTP 500")]
         assert found.receivers() == {"slack": '{"failures":3}'}
-        assert found.refusals() == [refused]
+        assert found.refusals() == [REFUSED]
         assert found.settings() == {"paused": "true"}
 
 
@@ -521,27 +456,6 @@ def test_a_reader_cannot_write_samples(store, folder):
         history._database.writing("try") as connection,
     ):
         connection.exec_driver_sql("DELETE FROM hot")
-
-
-@pytest.fixture
-def foreign_folder():
-    """A folder that may be read but not written; root becomes nobody to be bound by it."""
-    folder = Path(tempfile.mkdtemp())
-    yield folder
-    folder.chmod(0o755)
-    shutil.rmtree(folder)
-
-
-@contextmanager
-def unprivileged(folder):
-    folder.chmod(0o555)
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
 
 
 @pytest.mark.parametrize("running", [True, False])

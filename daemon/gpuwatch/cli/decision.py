@@ -16,7 +16,7 @@ from gpuwatch.cli.past import label
 from gpuwatch.errors import ConfigError
 from gpuwatch.notify import duration, incident_id, words
 from gpuwatch.records import Labels, Phase
-from gpuwatch.remediation.steps import present
+from gpuwatch.remediation.steps import present, undo_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -30,6 +30,7 @@ _MOST: Final = 1_000
 _WORDS: Final = frozenset({"approve", "deny", "abort"})
 _BLOCKER: Final = "blocker:"
 _OF_ALERTS: Final = ("value", "summary", "summary_zh")
+_TAKEN_BACK: Final = frozenset({Phase.ROLLING_BACK, Phase.ROLLED_BACK, Phase.FAILED, Phase.ABORTED})
 
 
 def gather(rows: ReadStore, state_dir: Path, what: str | None, now_ms: int) -> list[Seen]:
@@ -66,7 +67,7 @@ def _explained(r: Remediation, rows: ReadStore, state_dir: Path, now_ms: int) ->
         "considered": _considered(r.plan.considered),
         "said": [_said(audit) for audit in reversed(rows.audit(_MOST)) if _is_about(audit, r.plan.id)],
         "steps": _steps(r, r.plan.steps, is_undo=False),
-        "undo": _steps(r, r.plan.undo, is_undo=True),
+        "undo": _steps(r, _undo(r), is_undo=True),
         "verify_for_ms": r.plan.verify_for_ms,
         "bundle": str(bundle) if bundle.exists() else None,
     }
@@ -117,6 +118,11 @@ def _steps(r: Remediation, steps: Iterable[Step], *, is_undo: bool) -> list[Seen
         }
         for place, step in enumerate(steps)
     ]
+
+
+def _undo(r: Remediation) -> tuple[Step, ...]:
+    """What was taken back, or would be."""
+    return undo_of(r) if r.phase in _TAKEN_BACK else r.plan.undo
 
 
 def _state(name: str, began_ms: int | None = None, ended_ms: int | None = None, detail: str = "") -> Seen:

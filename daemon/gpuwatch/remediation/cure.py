@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Final
 
-from gpuwatch.records import Considered, Phase, ServerPhase, ServerStart, StartOutcome
+from gpuwatch.records import GOOD_AFTER_MS, Considered, Phase, ServerPhase, ServerStart, StartOutcome
 from gpuwatch.remediation import ladder
 from gpuwatch.remediation.situation import (
     CALLED_OFF,
@@ -35,6 +35,7 @@ _OOM: Final = "runtime_oom"
 _FAILS_AGAIN: Final = frozenset(
     {"kv_cache_too_small", "no_memory_for_cache", "auto_fit_failed", "bad_argument"}
 )
+_CANNOT_START: Final = _FAILS_AGAIN | {_OOM}
 # Failed by what stood beside the server, whatever its arguments are.
 _NO_FAULT_OF_ARGUMENTS: Final = frozenset({"port_busy", "profiling_assert"})
 _PASSES: Final = _NO_FAULT_OF_ARGUMENTS | {NOT_FREE}  # once what stood beside it is gone
@@ -43,7 +44,6 @@ _UNHELPFUL: Final = frozenset({Phase.FAILED, Phase.ROLLED_BACK})
 _NOBODY: Final = 0.02  # of a GPU: what its driver and contexts take, without another process
 _PATIENCE_MS: Final = 300_000
 _DAY_MS: Final = 86_400_000
-_GOOD_AFTER_MS: Final = 600_000
 _ANEW: Final = frozenset({RESTART, RECONFIGURE})
 RETURN: Final = "return"
 """The value of a rule's label `remediation` that asks for the wanted arguments."""
@@ -77,7 +77,7 @@ def intent(s: Situation) -> Intent:
 
 
 def last_good(s: Situation) -> Revision | None:
-    """The newest revision but the present one that served for ten minutes, or serves."""
+    """The newest revision but the present one that proved good, or serves."""
     good = {start.revision for start in s.starts if _was_good(start, s.now_ms)}
     return next((r for r in s.revisions if r.number in good and r.number != s.sight.revision), None)
 
@@ -85,7 +85,7 @@ def last_good(s: Situation) -> Revision | None:
 def _was_good(start: ServerStart, now_ms: int) -> bool:
     if start.outcome is not StartOutcome.HEALTHY or start.healthy_at_ms is None:
         return False
-    return start.ended_at_ms is None or min(start.ended_at_ms, now_ms) - start.healthy_at_ms >= _GOOD_AFTER_MS
+    return start.ended_at_ms is None or min(start.ended_at_ms, now_ms) - start.healthy_at_ms >= GOOD_AFTER_MS
 
 
 # -- a restart, and what it becomes --------------------------------------------------------------------------
@@ -117,9 +117,17 @@ def _reconfigured(s: Situation) -> _Cure:
     return _SAME if kind in _PASSES or _is_untried(s) else _changed(s, kind)
 
 
+def _last_life(s: Situation) -> ServerStart | None:
+    """The last one; or the last with the arguments of the next start, if with those it could not start."""
+    failed = s.failed_start
+    if failed and failed.failure in _CANNOT_START:
+        return failed
+    return s.starts[0] if s.starts else None
+
+
 def _what_ended(s: Situation) -> str:
     """The class of failure that ended the last life with these arguments; empty if none did."""
-    start = s.starts[0] if s.starts else None
+    start = _last_life(s)
     if start is None or _is_untried(s):
         return ""
     is_over = start.ended_at_ms is not None or start.outcome is StartOutcome.FAILED
@@ -128,7 +136,7 @@ def _what_ended(s: Situation) -> str:
 
 def _is_untried(s: Situation) -> bool:
     """Whether what ended had other arguments than the next start will have."""
-    start = s.starts[0] if s.starts else None
+    start = _last_life(s)
     if start is None or start.ended_at_ms is None or start.revision is None or s.current is None:
         return False
     return start.revision != s.current.number
@@ -138,7 +146,8 @@ def _is_repeated(s: Situation) -> bool:
     """Whether it ran out of memory while it started, or for the second time within a day."""
     since_ms = s.now_ms - _DAY_MS
     deaths = [x for x in s.starts if x.failure == _OOM and (x.ended_at_ms or x.began_at_ms) > since_ms]
-    return s.starts[0].outcome is StartOutcome.FAILED or len(deaths) >= 2
+    last = _last_life(s)
+    return len(deaths) >= 2 or (last is not None and last.outcome is StartOutcome.FAILED)
 
 
 def _changed(s: Situation, kind: str) -> _Cure:
@@ -159,7 +168,7 @@ def _changed(s: Situation, kind: str) -> _Cure:
 
 
 def _trouble(s: Situation, kind: str, current: Revision) -> ladder.Trouble:
-    start = s.starts[0] if s.starts else None
+    start = _last_life(s)
     # What an older revision logged says nothing of the present one.
     mine = start if start is not None and start.revision in {None, current.number} else None
     if kind == _OOM and "limit_mm_per_prompt" in current.arguments:

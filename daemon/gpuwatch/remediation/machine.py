@@ -6,6 +6,8 @@ any two lines goes on from its row, and nothing is remembered outside it.
 Rule 3: a step is asked until its effect is seen; one whose effect is there is never asked.
 Rule 4: whatever ends a plan in the middle, what it did is taken back; also in a pause, when nothing begins.
 Rule 5: a server that somebody stops is left alone, whatever was done to it.
+Rule 6: what is taken back ends and begins a process only where the plan had: a server that was found dead is
+left dead. And what lives is not ended for arguments that could not start.
 """
 
 from __future__ import annotations
@@ -15,12 +17,23 @@ import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from gpuwatch.records import LIVE_PHASES, ActionClass, Mode, Phase, Remediation, ServerPhase, Step
+from gpuwatch.records import (
+    LIVE_PHASES,
+    ActionClass,
+    Mode,
+    Phase,
+    Remediation,
+    ServerPhase,
+    Step,
+    SupervisorPhase,
+)
+from gpuwatch.remediation.situation import CALLED_OFF
 from gpuwatch.remediation.steps import (
     Failed,
     Look,
     Seen,
     began_anew,
+    cuts,
     is_deed,
     judged,
     must_succeed,
@@ -89,6 +102,7 @@ OUTCOMES: Final = frozenset(
 )
 """The codes of the words for all that ends a remediation, or has it taken back."""
 
+_ALIVE: Final = frozenset({SupervisorPhase.ACTIVE, SupervisorPhase.ACTIVATING})
 _SHORT_MS: Final = 30_000
 # For how long the result may fall short, by code; throughput is counted over the minute past.
 _PATIENCE_MS: Final[Mapping[str, int]] = {
@@ -169,7 +183,7 @@ def _walking(r: Remediation, seen: Seen, now_ms: int) -> _Move | None:
         return _walked_to_the_end(r, seen)
     found = judged(Look(step=step, remediation=r, seen=seen, now_ms=now_ms))
     if isinstance(found, Failed) and must_succeed(step.action):
-        return _failing(r, found)
+        return _failing(r, found, seen)
     if not found:
         return None
     has_more = r.step_index + 1 < len(walked(r))
@@ -182,6 +196,8 @@ def _walked_to_the_end(r: Remediation, seen: Seen) -> _Move:
         return _Move(Event.ALL_DONE)
     if seen.server.phase is ServerPhase.SERVING:
         return _Move(Event.TAKEN_BACK)
+    if r.outcome in CALLED_OFF and not r.is_cut:
+        return _Move(Event.CALLED_OFF)  # it is as dead as it was found
     return _Move(Event.FAILED, facts={"undo_code": "not_serving"})
 
 
@@ -192,14 +208,14 @@ def _verifying(r: Remediation, seen: Seen, now_ms: int) -> _Move | None:
     if code:
         return _Move(Event.HELPED, code, {"seconds": since_planned})
     if seen.server.phase is ServerPhase.DOWN:
-        return _failing(r, Failed.of("relapsed"))
+        return _failing(r, Failed.of("relapsed"), seen)
     short = _falls_short(r, seen)
     if short and now_ms - int(r.heard[short.code]) >= _PATIENCE_MS[short.code]:
-        return _failing(r, short)
+        return _failing(r, short, seen)
     if r.good_since_ms is not None and now_ms - r.good_since_ms >= r.plan.verify_for_ms:
         return _Move(Event.HELPED, "restored", {"seconds": since_planned})
     if now_ms - r.since_ms >= 10 * r.plan.verify_for_ms + 60_000:
-        return _failing(r, Failed.of("never_verified", seconds=seconds))
+        return _failing(r, Failed.of("never_verified", seconds=seconds), seen)
     return None
 
 
@@ -246,24 +262,27 @@ def _called_off(r: Remediation, seen: Seen) -> _Move | None:
     if _has_gone(r, seen):
         return _Move(Event.CALLED_OFF, "server_gone")
     if seen.paused or seen.word == "abort":
-        return _calling_off(r, "aborted_by", {"by": seen.by or "pause"})
+        return _calling_off(r, seen, "aborted_by", {"by": seen.by or "pause"})
     if _comes_up(r, seen):
         return _Move(Event.CALLED_OFF, "started_meanwhile")
-    return _calling_off(r, "alert_over", {}) if _is_needless(r, seen) else None
+    return _calling_off(r, seen, "alert_over", {}) if _is_needless(r, seen) else None
 
 
-def _calling_off(r: Remediation, code: str, facts: Mapping[str, str]) -> _Move:
-    return _Move(Event.TAKE_BACK if _is_to_be_taken_back(r) else Event.CALLED_OFF, code, facts)
+def _calling_off(r: Remediation, seen: Seen, code: str, facts: Mapping[str, str]) -> _Move:
+    return _Move(Event.TAKE_BACK if _is_to_be_taken_back(r, seen) else Event.CALLED_OFF, code, facts)
 
 
-def _failing(r: Remediation, failed: Failed) -> _Move:
-    """The first failure is what is told; that of taking back stands beside it."""
+def _failing(r: Remediation, failed: Failed, seen: Seen | None = None) -> _Move:
+    """The first failure is what is told; that of taking back stands beside it.
+
+    Without `seen`, as where a hand refuses a step, it is taken for dead.
+    """
     step = present(r)
     facts = {"step": step.action, **failed.facts} if step else failed.facts
     if r.phase is Phase.ROLLING_BACK:
         facts = {"undo_code": failed.code, **_prefixed("undo_", facts)}
         return _Move(Event.FAILED, facts=facts, found=failed)
-    event = Event.TAKE_BACK if _is_to_be_taken_back(r) else Event.FAILED
+    event = Event.TAKE_BACK if _is_to_be_taken_back(r, seen) else Event.FAILED
     return _Move(event, failed.code, facts, failed)
 
 
@@ -271,12 +290,21 @@ def _prefixed(prefix: str, facts: Mapping[str, str]) -> dict[str, str]:
     return {prefix + name: value for name, value in facts.items()}
 
 
-def _is_to_be_taken_back(r: Remediation) -> bool:
+def _is_to_be_taken_back(r: Remediation, seen: Seen | None) -> bool:
     """While it is applied: if the server was touched; later, if there is more to it than a restart."""
+    if seen is not None and _has_no_way_back(r, seen):
+        return False
     if r.phase is Phase.VERIFYING:
         has_limits = any(step.action == "lift" for step in r.plan.undo)
         return bool(r.plan.undo) and (r.plan.kind is ActionClass.RECONFIGURE or has_limits)
     return r.phase is Phase.APPLYING and r.asked_at_ms is not None and bool(r.plan.undo)
+
+
+def _has_no_way_back(r: Remediation, seen: Seen) -> bool:
+    """Whether it lives, as it would not with the revision before: its undo does not start that."""
+    is_alive = seen.server.supervisor.phase in _ALIVE
+    starts = any(step.action == "start" for step in r.plan.undo)
+    return is_alive and r.plan.kind is ActionClass.RECONFIGURE and not starts
 
 
 def _is_stopped_by_hand(r: Remediation, seen: Seen) -> bool:
@@ -293,7 +321,7 @@ def _is_stopped_by_hand(r: Remediation, seen: Seen) -> bool:
     if turns:
         return turns[-1] == "start"
     # What is taken back may have been stopped before the undo began.
-    return not (r.phase is Phase.ROLLING_BACK and "start" in actions)
+    return not (r.phase is Phase.ROLLING_BACK and any(step.action == "stop" for step in r.plan.steps))
 
 
 def _has_gone(r: Remediation, seen: Seen) -> bool:
@@ -346,6 +374,7 @@ def _moved(r: Remediation, move: _Move, now_ms: int) -> Remediation:
 
 def _watched(r: Remediation, seen: Seen, now_ms: int) -> Remediation:
     """The row that says since when all is well, or what falls short: both must last to count."""
+    r = dataclasses.replace(r, is_cut=r.is_cut or cuts(r, seen))
     step = present(r)
     if r.phase is Phase.VERIFYING:
         short = _falls_short(r, seen)

@@ -158,8 +158,9 @@ def _planned(s: Situation, server: str, considered: tuple[Considered, ...]) -> D
     after, revision = _after(s, server, change) if change else (None, None)
     before = s.current.number if change and s.current else None
     steps, undo = expanded(s.intent.actions, _figures(s, before, after))
-    if s.intent.kind is ActionClass.RESTART and s.is_dead:
-        undo = ()  # it is dead as it is: a start that fails, or is called off, is no reason for another
+    if s.is_dead and (s.intent.kind is ActionClass.RESTART or s.failed_start):
+        # A start that fails, or is called off, is no reason for another of what is dead or cannot start.
+        undo = tuple(step for step in undo if step.action == "swap")
     plan = Plan(
         id=_plan_id(server, s.alert, s.now_ms),
         server=server,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Self
 
-from gpuwatch.records import ActionClass, Mode, Sight, SupervisorPhase
+from gpuwatch.records import ActionClass, Mode, Sight, StartOutcome, SupervisorPhase
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -151,6 +151,14 @@ class Situation:
     def current(self) -> Revision | None:
         """The revision that the next start will read; None where none is kept, or it cannot be told."""
         return self.revision(self.sight.revision)
+
+    @property
+    def failed_start(self) -> ServerStart | None:
+        """The last start with the present revision, if that failed."""
+        number = self.current.number if self.current else None
+        same = (start for start in self.starts if start.revision is not None and start.revision == number)
+        last = next(same, None)
+        return last if last and last.outcome is StartOutcome.FAILED else None
 
     def revision(self, number: int | None) -> Revision | None:
         """The revision of that number."""

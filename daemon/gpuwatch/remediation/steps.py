@@ -33,6 +33,7 @@ _NO_GUEST_AFTER_MS: Final = 10_000  # a guest that is not heard for less may hav
 _VERDICT_AFTER_MS: Final = 3_000  # a verdict of now was made with what was seen before
 _GRAIN_MS: Final = 100  # a tick's instant is rounded, so that a process may begin before the step that asked
 _GONE: Final = frozenset({SupervisorPhase.INACTIVE, SupervisorPhase.FAILED})
+_OF_THE_PROCESS: Final = frozenset({"stop", "await_memory", "start", "canary"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,9 +134,14 @@ def walked(r: Remediation) -> tuple[Step, ...]:
         case Phase.APPLYING:
             return r.plan.steps
         case Phase.ROLLING_BACK:
-            return r.plan.undo
+            return undo_of(r)
         case _:
             return ()
+
+
+def undo_of(r: Remediation) -> tuple[Step, ...]:
+    """What takes it back as it stands: a process is ended and begun only where its own steps had."""
+    return tuple(step for step in r.plan.undo if r.is_cut or step.action not in _OF_THE_PROCESS)
 
 
 def present(r: Remediation) -> Step | None:
@@ -148,6 +154,18 @@ def began_anew(r: Remediation, seen: Seen, *, grain_ms: int = _GRAIN_MS) -> bool
     """Whether a process of the server began since the present step did."""
     started_at_ms = seen.server.supervisor.started_at_ms
     return started_at_ms is not None and started_at_ms >= r.since_ms - grain_ms
+
+
+def cuts(r: Remediation, seen: Seen) -> bool:
+    """Whether its present step may end a process that lives, or is seen to have begun one.
+
+    A stop counts as soon as it is asked: what it may have ended must come again. A start counts once it is
+    seen: what it has not begun must not be begun to take it back.
+    """
+    step = present(r)
+    if r.phase is not Phase.APPLYING or step is None or step.action not in {"stop", "start"}:
+        return False
+    return seen.server.supervisor.phase not in _GONE or began_anew(r, seen)
 
 
 def is_deed(action: str) -> bool:

@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 from gpuwatch.errors import ServerError
 from gpuwatch.servers import container as containers
+from gpuwatch.servers.anew import Anew
 from gpuwatch.servers.container import Container, Event
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class DockerSupervisor:
         self.command: Sequence[str] = ()  # its paths would be those inside the container
         self._engine = engine
         self._call: _Call | None = None
-        self._asked_at: tuple[int, int] | None = None  # (since_ms, started_us then)
+        self._anew = Anew()
         self._verdict: tuple[_End, bool] | None = None  # of the end that was seen last
 
     def observe(self, now_ms: int) -> SupervisorState:
@@ -86,7 +87,7 @@ class DockerSupervisor:
         container = self._engine.find(self.target)
         if step.action == "stop":
             self._stop(container, since_ms, now_ms)
-        elif self._began_since(container, since_ms):
+        elif self._anew.began(since_ms, container.started_us, container.started_us):
             return
         elif container.is_over:
             self._start(container, since_ms, now_ms, is_restart=step.action == "restart")
@@ -116,7 +117,7 @@ class DockerSupervisor:
     def _start(self, container: Container, since_ms: int, now_ms: int, *, is_restart: bool) -> None:
         if is_restart and container.finished_us < since_ms * 1000:
             self._refuse_unknown(container, now_ms)
-        self._asked_at = since_ms, container.started_us
+        self._anew.ask(since_ms, container.started_us)
         self._begin("start", container, {}, _START_WITHIN_MS)
 
     def _refuse_unknown(self, container: Container, now_ms: int) -> None:
@@ -131,11 +132,6 @@ class DockerSupervisor:
         path, what = f"/containers/{container.id}/{verb}", f"{verb} {self.target}"
         timeout_s = within_ms / 1000 + TIMEOUT_S
         self._call = _Call(lambda: self._engine.post(path, what, options, timeout_s=timeout_s), what)
-
-    def _began_since(self, container: Container, since_ms: int) -> bool:
-        if self._asked_at is not None and self._asked_at[0] == since_ms:
-            return container.started_us != self._asked_at[1]
-        return container.started_us >= since_ms * 1000
 
     def _events(self, container: Container, now_ms: int) -> list[Event]:
         return self._engine.events(container, now_ms) if container.status in {"running", "exited"} else []

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from gpuwatch.config import ServerSettings
-    from gpuwatch.records import Errand, Revision, Sight, Step
+    from gpuwatch.records import Errand, Revision, Step
     from gpuwatch.servers.errands import Errands
 
 STAGES: Final = (4, 16, 64)
@@ -157,7 +157,7 @@ class Hands:
             "wake": self._post,
         }
 
-    def do(self, step: Step, task: Task, sight: Sight, now_ms: int) -> Mapping[str, str]:  # noqa: ARG002
+    def do(self, step: Step, task: Task, now_ms: int) -> Mapping[str, str]:
         """Ask for a step, or help it on; what was answered. ServerError, `permanent` if it cannot be done."""
         deed = self._deeds.get(step.action)
         if deed is None:

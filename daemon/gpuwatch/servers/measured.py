@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from gpuwatch import promql
 from gpuwatch.errors import QueryError
-from gpuwatch.records import StartOutcome
+from gpuwatch.records import GOOD_AFTER_MS, StartOutcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from gpuwatch.promql import Querier
     from gpuwatch.records import Labels, ServerStart
 
-GOOD_AFTER_MS: Final = 600_000
 _HOUR_MS: Final = 3_600_000
 _SHORTEST_MS: Final = 120_000
 _PEAK: Final = "sum(max_over_time(gpu_process_memory_used_bytes{{{of}}}[{span}]))"
@@ -41,7 +40,7 @@ class Measured:
     failures: int  # starts that failed, and servers that did after they were healthy
     failure: str  # the class of the newest
     uptime_ms: int
-    is_good: bool  # became healthy, and lasted ten minutes or still serves
+    is_good: bool  # became healthy, and lasted or still serves
     kv_cache_tokens: int | None = None
     healthy_after_ms: int | None = None
     peak_memory_bytes: int | None = None

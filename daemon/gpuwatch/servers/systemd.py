@@ -4,10 +4,6 @@ Two reads and three verbs: `Properties.GetAll`, a job's `JobType`, `ResetFailedU
 `RestartUnit`. The right to the verbs comes from a polkit rule for this one unit
 (`systemd/gpuwatch.polkit.rules`). A stopped unit is started by RestartUnit, because a rule that allows
 `start` opens StartTransientUnit, and with it root.
-
-Started since: systemd's ExecMainStartTimestamp is read from the wall clock, as `since_ms` is. If the wall
-clock is stepped back in between, the new process seems older than the wish; so the monotonic start
-time at the moment of asking is remembered too, and one that is later is a new process.
 """
 
 from __future__ import annotations
@@ -18,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gpuwatch.errors import ServerError
 from gpuwatch.servers import unit as units
+from gpuwatch.servers.anew import Anew
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +43,7 @@ class SystemdSupervisor:
         self.unit = unit
         self._bus = bus or Bus(bus_address or "SYSTEM")
         self._path = f"{_MANAGER_PATH}/unit/{_escaped(unit)}"
-        self._asked_at: tuple[int, int] | None = None  # (since_ms, main_start_monotonic_us then)
+        self._anew = Anew()
         self.command: Sequence[str] = ()
 
     def observe(self, now_ms: int) -> SupervisorState:  # noqa: ARG002 - of the Protocol; systemd has its own clock
@@ -86,9 +83,10 @@ class SystemdSupervisor:
             self._manager("StopUnit", "ss", self.unit, "replace")
 
     def _bring_up(self, unit: units.Unit, since_ms: int) -> None:
-        if self._is_under_way(unit) or self._began_since(unit, since_ms):
+        mark = unit.main_start_monotonic_us
+        if self._is_under_way(unit) or self._anew.began(since_ms, unit.main_start_us, mark):
             return
-        self._asked_at = since_ms, unit.main_start_monotonic_us
+        self._anew.ask(since_ms, mark)
         # Our restarts count against StartLimitBurst; without the reset the last one leaves the unit failed.
         # If the reset is refused, the restart itself says what is wrong.
         with contextlib.suppress(ServerError):
@@ -98,11 +96,6 @@ class SystemdSupervisor:
     @staticmethod
     def _is_under_way(unit: units.Unit) -> bool:
         return bool(unit.job_path) or unit.active_state in {"activating", "deactivating"}
-
-    def _began_since(self, unit: units.Unit, since_ms: int) -> bool:
-        if self._asked_at is not None and self._asked_at[0] == since_ms:
-            return unit.main_start_monotonic_us > self._asked_at[1]
-        return unit.main_start_us >= since_ms * 1000
 
     def _look(self) -> units.Unit:
         # An empty interface asks for the properties of all: Unit and Service in one call. The path
