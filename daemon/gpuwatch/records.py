@@ -286,9 +286,6 @@ class ServerStart:
     revision: int | None = None  # of its settings, where gpuwatch keeps them
 
 
-GOOD_AFTER_MS: Final = 600_000
-"""A revision whose server became healthy, and lasted so long, is good."""
-
 Argument: TypeAlias = Any
 """The value of one of vLLM's options as JSON has it: a truth, a number, a text, a list, a mapping."""
 

@@ -29,6 +29,7 @@ remediation:
   just_started_grace: 1s
   cooldown: 0s
   verify_for: 5s
+  good_after: 10s
   budget: {count: 100, per: 1h}
   breaker: {count: 100, per: 1h}
 servers:

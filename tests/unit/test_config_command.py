@@ -363,7 +363,7 @@ def test_rollback_to_what_is_in_use_takes_back_what_people_wanted_and_what_waits
 def test_where_none_proved_good_the_person_must_name_one(host):
     host.save(revisions=REVISIONS[1:], starts=STARTS[1:])
     said = host("rollback", "vllm", "--yes", status=1)
-    assert "no revision before 3 served ten minutes" in said
+    assert "no revision before 3 has proved good" in said
 
 
 def test_who_wished_for_what_is_in_the_audit(busy):

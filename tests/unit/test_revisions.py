@@ -391,7 +391,7 @@ def start(began_min, number=1, healthy_min=None, ended_min=None, **more):
 
 
 def came_to(*starts, now_min=120, querier=None):
-    return measured("vllm", starts, querier, NOON + now_min * MINUTE)
+    return measured("vllm", starts, querier, NOON + now_min * MINUTE, good_after_ms=10 * MINUTE)
 
 
 def test_a_revision_that_served_ten_minutes_is_good_and_one_that_died_sooner_is_not():
@@ -470,7 +470,7 @@ def test_figures_of_a_revision_that_is_over_are_not_those_of_the_next(series):
 def test_what_nothing_told_is_none(series):
     short = came_to(start(0, 1, 1), now_min=2, querier=series)[1]
     assert (short.peak_memory_bytes, short.best_minute_tokens_per_s) == (None, None)
-    elsewhere = measured("other", [start(0, 1, 1)], series, NOON + HOUR)[1]
+    elsewhere = measured("other", [start(0, 1, 1)], series, NOON + HOUR, good_after_ms=HOUR)[1]
     assert (elsewhere.peak_memory_bytes, elsewhere.first_token_p95_s) == (None, None)
 
 

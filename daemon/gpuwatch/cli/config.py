@@ -200,10 +200,11 @@ def _asked_last(books: Books) -> Mapping[str, Argument]:
 def _good_before(books: Books) -> int:
     from gpuwatch.servers import measured  # noqa: PLC0415
 
-    found = measured.measured(books.server.name, books.starts, None, books.at_ms)
+    good_after_ms = books.settings.remediation.good_after
+    found = measured.measured(books.server.name, books.starts, None, books.at_ms, good_after_ms=good_after_ms)
     good = measured.last_good(found, before=books.revision(books.present).number)
     if good is None or good not in books.revisions:
-        what = f"config rollback {books.server.name}: no revision before {books.present} served ten minutes"
+        what = f"config rollback {books.server.name}: no revision before {books.present} has proved good"
         raise ConfigError([f"{what}; name one of those that `gpuwatch config log` shows"])
     return good
 

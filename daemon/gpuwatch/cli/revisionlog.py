@@ -148,12 +148,13 @@ def _measured(books: Books) -> Mapping[int, Measured]:
     from gpuwatch.servers.measured import measured  # noqa: PLC0415
 
     known = (books.server.name, books.starts)
+    good_after_ms = books.settings.remediation.good_after
     try:
         with store.open_history(books.settings.state_dir) as history:
-            return measured(*known, history, books.at_ms)
+            return measured(*known, history, books.at_ms, good_after_ms=good_after_ms)
     except StoreError as error:
         click.echo(books.told("config.unmeasured", detail=error), err=True)
-        return measured(*known, None, books.at_ms)
+        return measured(*known, None, books.at_ms, good_after_ms=good_after_ms)
 
 
 def table(rows: Sequence[Mapping[str, Any]], lang: str) -> str:

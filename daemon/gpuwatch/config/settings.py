@@ -142,6 +142,8 @@ class RemediationSettings(_Struct, frozen=True, kw_only=True):
     """How long a server that was stopped may take to give its GPU memory back."""
     hold_for: Duration = Duration(600_000)
     """How long a limit is held after its alert is over, before it is lifted."""
+    good_after: Duration = Duration(600_000)
+    """A revision is good, and may be gone back to, once its server served that long on end."""
     least_throughput: float = 0.5
     """Of what it was before: a change that leaves requests waiting and less than this is undone."""
     verify_for: Duration = Duration(30_000)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Final
 
-from gpuwatch.records import GOOD_AFTER_MS, Considered, Phase, ServerPhase, ServerStart, StartOutcome
+from gpuwatch.records import Considered, Phase, ServerPhase, ServerStart, StartOutcome
 from gpuwatch.remediation import ladder
 from gpuwatch.remediation.situation import (
     CALLED_OFF,
@@ -77,15 +77,16 @@ def intent(s: Situation) -> Intent:
 
 
 def last_good(s: Situation) -> Revision | None:
-    """The newest revision but the present one that proved good, or serves."""
-    good = {start.revision for start in s.starts if _was_good(start, s.now_ms)}
+    """The newest revision but the present one that served for `good_after`, or serves."""
+    good = {start.revision for start in s.starts if _was_good(start, s)}
     return next((r for r in s.revisions if r.number in good and r.number != s.sight.revision), None)
 
 
-def _was_good(start: ServerStart, now_ms: int) -> bool:
+def _was_good(start: ServerStart, s: Situation) -> bool:
     if start.outcome is not StartOutcome.HEALTHY or start.healthy_at_ms is None:
         return False
-    return start.ended_at_ms is None or min(start.ended_at_ms, now_ms) - start.healthy_at_ms >= GOOD_AFTER_MS
+    until_ms = s.now_ms if start.ended_at_ms is None else min(start.ended_at_ms, s.now_ms)
+    return start.ended_at_ms is None or until_ms - start.healthy_at_ms >= s.limits.good_after_ms
 
 
 # -- a restart, and what it becomes --------------------------------------------------------------------------

@@ -39,6 +39,7 @@ class Limits:
     drain_within_ms: int = 60_000
     free_within_ms: int = 120_000
     hold_for_ms: int = 600_000
+    good_after_ms: int = 600_000
     cooldown_most_ms: int = _HOUR_MS
     breaker_count: int = 3
     breaker_per_ms: int = 6 * _HOUR_MS
@@ -58,6 +59,7 @@ class Limits:
             drain_within_ms=settings.drain_within,
             free_within_ms=settings.free_within,
             hold_for_ms=settings.hold_for,
+            good_after_ms=settings.good_after,
             cooldown_most_ms=settings.cooldown_most,
             breaker_count=settings.breaker.count,
             breaker_per_ms=settings.breaker.per,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from gpuwatch import promql
 from gpuwatch.errors import QueryError
-from gpuwatch.records import GOOD_AFTER_MS, StartOutcome
+from gpuwatch.records import StartOutcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -62,24 +62,23 @@ class _Life:
         at_ms = self.start.healthy_at_ms
         return 0 if at_ms is None else max(0, self.until_ms - at_ms)
 
-    @property
-    def is_good(self) -> bool:
+    def is_good(self, after_ms: int) -> bool:
         """What serves now is good until it proves otherwise."""
-        return self.start.healthy_at_ms is not None and (self.serves or self.healthy_ms >= GOOD_AFTER_MS)
+        return self.start.healthy_at_ms is not None and (self.serves or self.healthy_ms >= after_ms)
 
 
 def measured(
-    server: str, starts: Iterable[ServerStart], querier: Querier | None, now_ms: int
+    server: str, starts: Iterable[ServerStart], querier: Querier | None, now_ms: int, *, good_after_ms: int
 ) -> Mapping[int, Measured]:
     """By revision, of all starts that had one; `starts` of this server in any order.
 
-    Without a `querier` there is only what the starts tell.
+    Without a `querier` there is only what the starts tell. Good is what served for `good_after_ms` on end.
     """
     lives: dict[int, list[_Life]] = {}
     for life in _lives(starts, now_ms):
         if life.start.revision is not None:
             lives.setdefault(life.start.revision, []).append(life)
-    return {number: _summed(server, number, each, querier) for number, each in lives.items()}
+    return {number: _summed(server, number, each, querier, good_after_ms) for number, each in lives.items()}
 
 
 def last_good(found: Mapping[int, Measured], *, before: int | None = None) -> int | None:
@@ -100,7 +99,9 @@ def _life(start: ServerStart, next_ms: int | None, now_ms: int) -> _Life:
     return _Life(start, min(known, default=now_ms), not known and start.outcome is StartOutcome.HEALTHY)
 
 
-def _summed(server: str, number: int, lives: Sequence[_Life], querier: Querier | None) -> Measured:
+def _summed(
+    server: str, number: int, lives: Sequence[_Life], querier: Querier | None, good_after_ms: int
+) -> Measured:
     failed = [life.start for life in lives if life.start.failure or life.start.outcome is StartOutcome.FAILED]
     told = Measured(
         revision=number,
@@ -108,7 +109,7 @@ def _summed(server: str, number: int, lives: Sequence[_Life], querier: Querier |
         failures=len(failed),
         failure=failed[-1].failure if failed else "",
         uptime_ms=sum(life.healthy_ms for life in lives),
-        is_good=any(life.is_good for life in lives),
+        is_good=any(life.is_good(good_after_ms) for life in lives),
     )
     healthy = [life for life in lives if life.start.healthy_at_ms is not None]
     return _with_figures(told, server, healthy[-1], querier) if healthy else told
