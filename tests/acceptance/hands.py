@@ -1,11 +1,17 @@
 """What is needed to see gpuwatch's hands at work: a person who types, clients, and patience."""
 
+import contextlib
 import json
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import requests
+
+from gpuwatch.errors import StoreError
+from gpuwatch.records import LIVE_PHASES
+from gpuwatch.store import open_read_only
 
 
 def wait_for(question, within_s, every_s=0.3):
@@ -18,22 +24,29 @@ def wait_for(question, within_s, every_s=0.3):
 
 
 class Operator:
-    """What a person types about server `m`, and what is answered; `gpuwatch(*words)` is to run a command."""
+    """What a person types about server `m`, and what is answered.
+
+    `gpuwatch(*words)` is to run a command; `state` is where the daemon keeps its rows.
+    """
+
+    state: Path
 
     def set(self, *pairs, why="a test"):
         self.gpuwatch("config", "set", "m", *pairs, "--why", why, "--yes")
 
-    def newest(self):
-        """The last remediation, as history tells it; None if there is none."""
-        found = json.loads(self.gpuwatch("history", "m", "--json"))
-        found = found["remediations"] if isinstance(found, dict) else found
-        return found[0] if found else None
+    def last(self):
+        """The row of the newest remediation; None if there is none. A command each time would take a core."""
+        with contextlib.suppress(StoreError), open_read_only(self.state) as view:
+            return next(iter(view.remediations(limit=1)), None)
+        return None
+
+    def last_id(self):
+        return last.plan.id if (last := self.last()) else ""
 
     def ended(self, after, within_s=300):
-        """The remediation that came after that one, at its end."""
-        seen = wait_for(
-            lambda: (r := self.newest()) and r["id"] != after and r["ended_at_ms"] and r, within_s
-        )
+        """The remediation that came after that one, at its end, as history tells it."""
+        wait_for(lambda: (r := self.last()) and r.plan.id != after and r.phase not in LIVE_PHASES, within_s)
+        seen = json.loads(self.gpuwatch("history", "m", "--json"))[0]
         print(seen["id"], seen["actions"], seen["phase"], seen["outcome"], seen["facts"], seen.get("account"))
         return seen
 

@@ -15,6 +15,7 @@ from tests.acceptance import vllm_cpu
 from tests.acceptance.hands import Load, Operator, wait_for
 
 from gpuwatch import cli
+from gpuwatch.remediation.steps import present
 
 PORT = 18261
 URL = f"http://127.0.0.1:{PORT}"
@@ -61,7 +62,7 @@ class Host(Operator):
     """The daemon, the server that it keeps, and who types."""
 
     def __init__(self, folder, model):
-        self.folder, self.guests = folder, folder / "guests"
+        self.folder, self.state, self.guests = folder, folder, folder / "guests"
         self.guests.mkdir()
         assert CliRunner().invoke(cli.main, ["guest", "install", str(folder / "lib")]).exit_code == 0
         self.config, self.base = folder / "gpuwatch.yaml", folder / "base.yaml"
@@ -136,7 +137,7 @@ def host(model, tmp_path_factory):
 
 
 def test_other_settings_come_under_load_and_no_request_that_ran_is_lost(host):
-    before = host.newest()["id"]
+    before = host.last_id()
     with Load(URL) as load:
         wait_for(lambda: load.whole > 3, 60)
         host.set("max_num_seqs=4")
@@ -150,7 +151,7 @@ def test_other_settings_come_under_load_and_no_request_that_ran_is_lost(host):
 
 
 def test_settings_that_vllm_refuses_touch_nothing(host):
-    before, revision = host.newest()["id"], host.current()
+    before, revision = host.last_id(), host.current()
     leader = host.processes()[0].pid
     host.set("max_model_len=100000")
     done = host.ended(before)
@@ -161,7 +162,7 @@ def test_settings_that_vllm_refuses_touch_nothing(host):
 
 
 def test_settings_that_cannot_start_are_taken_back(host):
-    before, revision = host.newest()["id"], host.current()
+    before, revision = host.last_id(), host.current()
     with socket.create_server(("127.0.0.1", 0)) as taken:  # which the check cannot know
         host.set(f"port={taken.getsockname()[1]}")
         done = host.ended(before)
@@ -170,8 +171,9 @@ def test_settings_that_cannot_start_are_taken_back(host):
     wait_for(host.is_healthy, 60)
 
 
+@vllm_cpu.shown_too_by("test_hands_box.py")
 def test_an_engine_that_dies_is_back_with_the_same_settings(host):
-    before, revision = host.newest()["id"], host.current()
+    before, revision = host.last_id(), host.current()
     (engine,) = [p for p in host.processes() if "EngineCor" in p.name()]
     engine.kill()
     done = host.ended(before)
@@ -181,14 +183,19 @@ def test_an_engine_that_dies_is_back_with_the_same_settings(host):
     assert list((host.folder / "bundles").glob(f"{done['id']}*"))
 
 
+def is_at(remediation, step):
+    at = present(remediation)
+    return at is not None and at.action == step
+
+
 @pytest.mark.parametrize("step", KILLED_AT)
 def test_gpuwatch_killed_at_a_step_ends_in_one_of_both(host, step):
-    before = host.newest()["id"]
+    before = host.last_id()
     wanted = 8 if host.revisions()[host.current()]["arguments"]["max_num_seqs"] != 8 else 4
     both = {host.current(), max(host.revisions()) + 1}
     host.set(f"max_num_seqs={wanted}", why=f"killed at {step}")
     with contextlib.suppress(BaseException):
-        wait_for(lambda: (r := host.newest())["id"] != before and r["step"] == step, 60)
+        wait_for(lambda: (r := host.last()).plan.id != before and is_at(r, step), 60, every_s=0.05)
     host.kill_gpuwatch()
     host.start_gpuwatch()
     done = host.ended(before)

@@ -19,6 +19,11 @@ needed = [
 ]
 
 
+def shown_too_by(test):
+    """For a test that takes long, and that GPUWATCH_BRIEF leaves out, since another shows much the same."""
+    return pytest.mark.skipif("GPUWATCH_BRIEF" in os.environ, reason=f"brief: {test} shows it too")
+
+
 def tiny_model():
     """The folder of the model; it and vLLM are installed first if they are not there."""
     if not (VENV / "bin" / "vllm").exists():
