@@ -243,6 +243,17 @@ def test_a_rivals_memory_is_waited_for_before_the_share_goes_down():
     assert decision.revision.why == "memory_share_not_free"
 
 
+def test_a_worker_that_outlives_its_memory_does_not_hide_that_a_rival_has_it():
+    assert decided(starts=[start("runtime_oom")], sight=rival(70, processes=1)).code == "memory_not_free"
+
+
+def test_an_operator_says_how_long_a_rivals_memory_is_waited_for():
+    died = [start("runtime_oom", ended_ago_ms=20_000)]
+    at_once, longer = (dataclasses.replace(LIMITS, wait_for_memory_ms=ms) for ms in (20_000, 20_001))
+    assert decided(starts=died, sight=rival(70), limits=at_once).plan.after == 2
+    assert decided(starts=died, sight=rival(70), limits=longer).code == "memory_not_free"
+
+
 def test_the_wait_counts_from_the_first_start_that_failed_for_it():
     tries = [failed("memory_share_not_free", ended_ago_ms=n * MINUTE) for n in (1, 4, 6)]
     assert decided(starts=tries, sight=rival(70)).plan.after == 2

@@ -101,6 +101,13 @@ def test_what_a_file_cannot_say_is_refused(given_, what):
     assert "sesame" not in str(refused.value)
 
 
+def test_a_rerankers_words_for_yes_and_no_are_no_secret():
+    overrides = {"classifier_from_token": ["no", "yes"], "is_original_qwen3_reranker": True}
+    assert '"classifier_from_token": ["no", "yes"]' in dumped({"model": "m", "hf_overrides": overrides})
+    with pytest.raises(ConfigError, match="holds a secret"):
+        dumped({"model": "m", "hf_overrides": {**overrides, "classifier_token": "sesame"}})
+
+
 def test_every_mistake_of_a_file_is_told_with_its_line(tmp_path):
     path = tmp_path / "base.yaml"
     path.write_text("model: m\nmiddleware: []\nenable-x: yes\nno-y: false\nport: 1\nport: 2\n")
@@ -468,8 +475,10 @@ def test_figures_of_a_revision_that_is_over_are_not_those_of_the_next(series):
 
 
 def test_what_nothing_told_is_none(series):
+    none = came_to(start(0, 1, 1), now_min=1, querier=series)[1]
+    assert (none.peak_memory_bytes, none.first_token_p95_s) == (None, None)
     short = came_to(start(0, 1, 1), now_min=2, querier=series)[1]
-    assert (short.peak_memory_bytes, short.best_minute_tokens_per_s) == (None, None)
+    assert (short.peak_memory_bytes, short.best_minute_tokens_per_s) == (60_000_000_000, None)
     elsewhere = measured("other", [start(0, 1, 1)], series, NOON + HOUR, good_after_ms=HOUR)[1]
     assert (elsewhere.peak_memory_bytes, elsewhere.first_token_p95_s) == (None, None)
 

@@ -140,6 +140,8 @@ class RemediationSettings(_Struct, frozen=True, kw_only=True):
     """How long requests in hand have to end before a restart that was planned; the rest is aborted."""
     free_within: Duration = Duration(120_000)
     """How long a server that was stopped may take to give its GPU memory back."""
+    wait_for_memory: Duration = Duration(300_000)
+    """How long a server waits for its share of a GPU that others hold, before it takes what is free."""
     hold_for: Duration = Duration(600_000)
     """How long a limit is held after its alert is over, before it is lifted."""
     good_after: Duration = Duration(600_000)

@@ -2,7 +2,7 @@
 
 Rule 1: a failure is classified before anything is done about it; what fails again with the same arguments
         is not started with them.
-Rule 2: memory that others hold may come back: a server waits five minutes for it before it takes less.
+Rule 2: memory that others hold may come back: a server waits `wait_for_memory` before it takes less.
 Rule 3: what was changed because memory was short is changed back when it is there again.
 """
 
@@ -42,7 +42,6 @@ _PASSES: Final = _NO_FAULT_OF_ARGUMENTS | {NOT_FREE}  # once what stood beside i
 _PREEMPTION_ALERT: Final = "VLLMPreempting"
 _UNHELPFUL: Final = frozenset({Phase.FAILED, Phase.ROLLED_BACK})
 _NOBODY: Final = 0.02  # of a GPU: what its driver and contexts take, without another process
-_PATIENCE_MS: Final = 300_000
 _DAY_MS: Final = 86_400_000
 _ANEW: Final = frozenset({RESTART, RECONFIGURE})
 RETURN: Final = "return"
@@ -237,9 +236,9 @@ def _shares_said(start: ServerStart) -> tuple[float | None, float | None]:
 
 
 def _is_gone(s: Situation) -> bool:
-    """Whether neither the server nor what it left behind holds memory."""
-    if s.sight.gpu_holders:
-        return False
+    """Whether neither the server nor what it left behind holds memory; a process of it may outlive that."""
+    if s.sight.gpu_holders is not None:
+        return s.sight.gpu_holders == 0
     if s.sight.processes is not None:
         return s.sight.processes == 0
     return s.is_dead
@@ -269,7 +268,7 @@ def _short_since_ms(s: Situation) -> int:
 def _patient(s: Situation, short: _Short) -> _Cure:
     """Wait, and after a while take what there is."""
     reason = _not_free(s, short)
-    if s.now_ms - short.since_ms < _PATIENCE_MS:
+    if s.now_ms - short.since_ms < s.limits.wait_for_memory_ms:
         return _Cure(
             reason=reason, considered=(Considered(option="wait", code="chosen", facts=reason.facts),)
         )

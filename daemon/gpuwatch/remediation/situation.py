@@ -38,6 +38,7 @@ class Limits:
     just_started_grace_ms: int
     drain_within_ms: int = 60_000
     free_within_ms: int = 120_000
+    wait_for_memory_ms: int = 300_000
     hold_for_ms: int = 600_000
     good_after_ms: int = 600_000
     cooldown_most_ms: int = _HOUR_MS
@@ -58,6 +59,7 @@ class Limits:
             just_started_grace_ms=settings.just_started_grace,
             drain_within_ms=settings.drain_within,
             free_within_ms=settings.free_within,
+            wait_for_memory_ms=settings.wait_for_memory,
             hold_for_ms=settings.hold_for,
             good_after_ms=settings.good_after,
             cooldown_most_ms=settings.cooldown_most,

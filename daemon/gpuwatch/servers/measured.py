@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from gpuwatch.records import Labels, ServerStart
 
 _HOUR_MS: Final = 3_600_000
-_SHORTEST_MS: Final = 120_000
+_SHORTEST_MS: Final = 10_000
+_SHORTEST_OF_MINUTES_MS: Final = 120_000
 _PEAK: Final = "sum(max_over_time(gpu_process_memory_used_bytes{{{of}}}[{span}]))"
 _BEST_MINUTE: Final = "max_over_time(sum(rate(vllm:generation_tokens_total{{{of}}}[1m]))[{span}:30s])"
 _FIRST_TOKEN: Final = (
@@ -117,12 +118,13 @@ def _summed(
 
 def _with_figures(told: Measured, server: str, life: _Life, querier: Querier | None) -> Measured:
     peak = _value(_PEAK, server, life, querier)
+    has_minutes = life.healthy_ms >= _SHORTEST_OF_MINUTES_MS
     return replace(
         told,
         kv_cache_tokens=life.start.kv_cache_tokens,
         healthy_after_ms=(life.start.healthy_at_ms or 0) - life.start.began_at_ms,
         peak_memory_bytes=None if peak is None else int(peak),
-        best_minute_tokens_per_s=_value(_BEST_MINUTE, server, life, querier),
+        best_minute_tokens_per_s=_value(_BEST_MINUTE, server, life, querier) if has_minutes else None,
         first_token_p95_s=_value(_FIRST_TOKEN, server, life, querier),
     )
 

@@ -21,8 +21,10 @@ _HIDDEN: Final = (
     r"|access[_-]key|auth(?:orization)?|connection[_-]string|sig(?:nature)?|token)"
 )
 _HIDDEN_NAME: Final = re.compile(rf"(?:\w*_)?{_HIDDEN}|watermark_config")
+# Words of a model, no secrets; a reranker needs the first.
+_VOCABULARY: Final = r"(?:classifier_from|bos|eos|pad|unk|sep|cls|mask)_token\b"
 _HIDDEN_VALUE: Final = re.compile(
-    rf"""(?i)((?:--|\b)[\w-]{{0,40}}{_HIDDEN}['"]?\s*[:=]\s*)"""
+    rf"""(?i)((?:--|\b)(?!{_VOCABULARY})[\w-]{{0,40}}{_HIDDEN}['"]?\s*[:=]\s*)"""
     r"""(?:\[[^\]]*\]?|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|(?:(?:bearer|basic)\s+)?[^\s,}\])&]+)"""
     rf"""|(--[\w-]{{0,40}}{_HIDDEN}\s+)(?!-)\S+(?:\s+(?!-)\S+)*"""
 )
