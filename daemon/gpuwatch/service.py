@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 _MAX_WORKERS: Final = 16
 _INSTANT: Final = dt.timedelta(microseconds=1)
-_HURRY_MS: Final = 300  # after a step was asked for the first time
+_HURRY_MS: Final = 200  # after a step was asked for the first time
 _REST_MS: Final = 250  # between two readings out of turn, however much happens
 
 

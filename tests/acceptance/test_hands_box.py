@@ -239,7 +239,7 @@ def test_settings_without_room_for_one_request_are_taken_back_and_by_hand_made_t
     done = host.ended(last)
     assert (done["phase"], done["actions"][-1]) == ("succeeded", "reconfigure")
     assert 256 <= host.revisions()[host.current()]["arguments"]["max_model_len"] <= 768
-    host.set("kv_cache_memory_bytes=1073741824", "max_model_len=1024")
+    host.gpuwatch("config", "rollback", "m", str(revision), "--yes")
     assert host.ended(done["id"])["phase"] == "succeeded"
 
 

@@ -242,7 +242,8 @@ def test_who_does_not_say_yes_wishes_nothing(busy, typed):
 
 
 def test_what_changes_nothing_is_no_wish(busy):
-    assert "nothing changes" in busy("set", "vllm", "max-num-seqs=512", "--why", "w")
+    said = busy("set", "vllm", "max-num-seqs=512", "--why", "w")
+    assert "in use is revision 3: `gpuwatch config rollback vllm 2` goes back" in said
     assert busy.wish() is None
 
 

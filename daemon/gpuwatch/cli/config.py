@@ -107,7 +107,7 @@ def set_(  # noqa: PLR0913 (click's own: an argument an option)
     after = vllm_yaml.canonical(changed(given, pairs, unset))
     _tell_what_waits(books)
     if before == after:
-        click.echo(books.told("config.nothing_changes"))
+        _tell_that_nothing_changes(books)
     else:
         _confirm(books, difference(before, after), yes=yes)
         _leave(books, {"arguments": after, "revision": None, "why": why}, "config set")
@@ -229,6 +229,12 @@ def _must_have_folder(server: ServerSettings) -> None:
     if server.revisions is None:
         cure = "name a folder and have vLLM read it: docs/settings-of-servers.md"
         raise ConfigError([f"config {server.name}: the settings name no `revisions` of this server; {cure}"])
+
+
+def _tell_that_nothing_changes(books: Books) -> None:
+    is_used = books.waits or books.wanted in {None, books.present}
+    told = {"server": books.server.name, "wanted": books.wanted, "present": books.present}
+    click.echo(books.told("config.nothing_changes" if is_used else "config.nothing_wanted", **told))
 
 
 def _tell_what_waits(books: Books) -> None:

@@ -198,7 +198,7 @@ def _hourly(
 
 def main() -> None:
     """Write what was sealed to standard output."""
-    with suppress(PermissionError):  # systemd's filter of system calls knows no lowering
+    with suppress(PermissionError):  # a filter of system calls may know no lowering
         os.nice(5)  # it has an hour's time
     encoder = msgspec.msgpack.Encoder()
     try:

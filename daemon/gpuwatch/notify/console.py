@@ -45,6 +45,11 @@ _CONFIG: Final = {
         "revisions {before} and {after} say the same", "第 {before} 版与第 {after} 版内容相同"
     ),
     "config.nothing_changes": Phrase("nothing changes", "没有变化"),
+    "config.nothing_wanted": Phrase(
+        "nothing changes of what is wanted; in use is revision {present}:"
+        " `gpuwatch config rollback {server} {wanted}` goes back",
+        "期望的配置没有变化；使用中的是第 {present} 版：`gpuwatch config rollback {server} {wanted}` 可改回",
+    ),
     "config.stays": Phrase(
         "what is in use stays, and is what is wanted", "使用中的配置不变，并成为期望的配置"
     ),

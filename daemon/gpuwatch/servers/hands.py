@@ -38,7 +38,8 @@ _ABORT_FROM: Final = 0.75  # of the time that a drain has
 _ROUTE_S: Final = (0.2, 0.5)  # to connect to a server on this host, and to be answered
 _LIMIT: Final = "limit_"
 _POST: Final = Path(__file__).with_name("post.py")
-_CAPTURE: Final = (sys.executable, "-P", "-m", "gpuwatch", "capture", "--json")
+# Beside a server that starts anew: on a host of two cores it would hold that up.
+_CAPTURE: Final = ("nice", "-n", "15", sys.executable, "-P", "-m", "gpuwatch", "capture", "--json")
 _ROUTES: Final = {
     "reset_prefix_cache": "/reset_prefix_cache",
     "sleep": "/sleep?level=1",
