@@ -222,6 +222,19 @@ def test_a_bad_argument_leads_back_to_the_last_good_revision_or_nowhere():
     assert (nowhere.code, nowhere.facts["failure"]) == ("would_fail_again", "bad_argument")
 
 
+def test_the_last_good_revision_is_that_which_served_last_not_the_newest():
+    bad = dataclasses.replace(LESS, number=3, arguments={**BASE, "max_num_seqs": 0})
+    starts = [
+        failed("bad_argument", revision=3),
+        start(revision=1, ended_ago_ms=MINUTE),
+        start(revision=2, ended_ago_ms=60 * MINUTE),
+    ]
+    decision = decided(
+        revisions=[bad, LESS, WANTED], sight=dataclasses.replace(GONE, revision=3), starts=starts
+    )
+    assert (decision.plan.before, decision.plan.after) == (3, 1)
+
+
 # -- memory that is not free --------------------------------------------------------------------------------
 
 

@@ -403,20 +403,20 @@ def came_to(*starts, now_min=120, querier=None):
 
 def test_a_revision_that_served_ten_minutes_is_good_and_one_that_died_sooner_is_not():
     found = came_to(start(0, 1, 2, 12), start(20, 2, 22, 31))
-    assert (found[1].is_good, found[1].uptime_ms) == (True, 10 * MINUTE)
-    assert (found[2].is_good, found[2].uptime_ms) == (False, 9 * MINUTE)
+    assert (found[1].good_until_ms is None, found[1].uptime_ms) == (False, 10 * MINUTE)
+    assert (found[2].good_until_ms, found[2].uptime_ms) == (None, 9 * MINUTE)
     assert last_good(found) == 1
 
 
 def test_a_revision_that_serves_now_is_good_at_once():
-    assert came_to(start(0, 1, 2), now_min=3)[1].is_good
+    assert came_to(start(0, 1, 2), now_min=3)[1].good_until_ms
     starting = start(0, 1, outcome=StartOutcome.STARTING)
-    assert not came_to(starting, now_min=3)[1].is_good
+    assert came_to(starting, now_min=3)[1].good_until_ms is None
 
 
 def test_a_life_whose_end_nobody_saw_ended_when_the_next_began():
     found = came_to(start(0, 1, 2), start(7, 2, 9))
-    assert (found[1].is_good, found[1].uptime_ms) == (False, 5 * MINUTE)
+    assert (found[1].good_until_ms, found[1].uptime_ms) == (None, 5 * MINUTE)
 
 
 def test_failures_are_counted_before_and_after_health_and_the_newest_is_named():
@@ -432,6 +432,10 @@ def test_the_last_good_one_before_another_is_told_and_none_where_none_was():
     found = came_to(start(0, 1, 2, 30), start(31, 2, 33, 60), start(61, 3, 63))
     assert [last_good(found, before=n) for n in (4, 3, 2, 1)] == [3, 2, 1, None]
     assert last_good({}) is None
+
+
+def test_the_last_good_one_is_that_which_served_last_not_the_newest():
+    assert last_good(came_to(start(0, 2, 2, 30), start(31, 1, 33, 60), start(61, 3, 63, 64))) == 1
 
 
 def test_starts_without_a_revision_count_for_none():

@@ -76,9 +76,9 @@ def intent(s: Situation) -> Intent:
 
 
 def last_good(s: Situation) -> Revision | None:
-    """The newest revision but the present one that served for `good_after`, or serves."""
-    good = {start.revision for start in s.starts if _was_good(start, s)}
-    return next((r for r in s.revisions if r.number in good and r.number != s.sight.revision), None)
+    """Of the revisions but the present one that served for `good_after` or serve, the one that did last."""
+    good = (s.revision(start.revision) for start in s.starts if _was_good(start, s))
+    return next((r for r in good if r is not None and r.number != s.sight.revision), None)
 
 
 def _was_good(start: ServerStart, s: Situation) -> bool:

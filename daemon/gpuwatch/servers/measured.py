@@ -41,7 +41,7 @@ class Measured:
     failures: int  # starts that failed, and servers that did after they were healthy
     failure: str  # the class of the newest
     uptime_ms: int
-    is_good: bool  # became healthy, and lasted or still serves
+    good_until_ms: int | None  # when it served last of the times that it lasted; None if it never did
     kv_cache_tokens: int | None = None
     healthy_after_ms: int | None = None
     peak_memory_bytes: int | None = None
@@ -83,9 +83,13 @@ def measured(
 
 
 def last_good(found: Mapping[int, Measured], *, before: int | None = None) -> int | None:
-    """The newest revision that proved good, of those before one if it is named; None if none did."""
-    good = (number for number, one in found.items() if one.is_good and (before is None or number < before))
-    return max(good, default=None)
+    """The revision that proved good and served last, of those before one if it is named; None if none did."""
+    good = {
+        one.good_until_ms: number
+        for number, one in found.items()
+        if one.good_until_ms is not None and (before is None or number < before)
+    }
+    return good[max(good)] if good else None
 
 
 def _lives(starts: Iterable[ServerStart], now_ms: int) -> list[_Life]:
@@ -110,7 +114,7 @@ def _summed(
         failures=len(failed),
         failure=failed[-1].failure if failed else "",
         uptime_ms=sum(life.healthy_ms for life in lives),
-        is_good=any(life.is_good(good_after_ms) for life in lives),
+        good_until_ms=max((life.until_ms for life in lives if life.is_good(good_after_ms)), default=None),
     )
     healthy = [life for life in lives if life.start.healthy_at_ms is not None]
     return _with_figures(told, server, healthy[-1], querier) if healthy else told
