@@ -83,6 +83,9 @@ class Host(Operator):
         enabled.unlink(missing_ok=True)  # left by a run that was cut short, it would start with the box
         self.state = self.box.root / STATE
         self.box.boot()
+        python = self.box.run("python3", "-c", "import sys; print('python%d.%d' % sys.version_info[:2])")
+        if python != packages.parent.name:
+            pytest.skip(f"the box has {python}, and vLLM's packages are for {packages.parent.name}")
         self.box.run("systemctl", "stop", "gpuwatch", SERVER, UNIT, check=False)
         for folder in (STATE, SETTINGS, "var/cache/gpuwatch"):
             shutil.rmtree(self.box.root / folder, ignore_errors=True)
