@@ -201,11 +201,6 @@ def test_what_is_reversible_and_what_restarts_have_budgets_of_their_own():
     )
 
 
-def test_what_a_person_asked_for_uses_up_no_budget_and_asks_for_no_rest():
-    wished = [past(Phase.SUCCEEDED, NOW - n * 60_000, by="alice") for n in (1, 2, 3)]
-    assert isinstance(remediation.decide(situation(history=wished), Mode.AUTO), Decision)
-
-
 def test_a_blocker_that_raises_blocks():
     broken = situation(limits=None)
     decision = remediation.decide(broken, Mode.AUTO)

@@ -265,14 +265,12 @@ def _touched(r: Remediation) -> bool:
 
 
 def _comparable(s: Situation) -> list[Remediation]:
-    """Those of gpuwatch that cost the server the same: what is lifted again does not use up its restarts."""
+    """Those that cost the server the same: what is lifted again does not use up its restarts."""
     is_reversible = s.intent.kind is ActionClass.REVERSIBLE
     return [
         r
         for r in s.history
-        if r.plan.dry_run == s.dry_run
-        and not r.plan.by
-        and (r.plan.kind is ActionClass.REVERSIBLE) == is_reversible
+        if r.plan.dry_run == s.dry_run and (r.plan.kind is ActionClass.REVERSIBLE) == is_reversible
     ]
 
 
