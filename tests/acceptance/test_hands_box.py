@@ -259,7 +259,7 @@ def test_a_mistake_in_the_settings_touches_nothing_and_by_hand_gives_way_to_what
     assert host.current() == revision
 
 
-@vllm_cpu.shown_too_by("test_hands_vllm.py")
+@vllm_cpu.shown_too_by("test_settings_without_room, all but the port,")
 def test_a_port_that_is_taken_is_waited_for(host):
     last, revision = host.rests(), host.current()
     host.process("VLLM::EngineCore").kill()

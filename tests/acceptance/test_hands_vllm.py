@@ -161,6 +161,7 @@ def test_settings_that_vllm_refuses_touch_nothing(host):
     assert host.is_healthy()
 
 
+@vllm_cpu.shown_too_by("test_hands_box.py")
 def test_settings_that_cannot_start_are_taken_back(host):
     before, revision = host.last_id(), host.current()
     with socket.create_server(("127.0.0.1", 0)) as taken:  # which the check cannot know

@@ -41,7 +41,7 @@ receivers:
   - {{name: dingtalk, lang: zh, dingtalk: {{url_file: {state}/ding_url, secret_file: {state}/ding_secret}}}}
 """
 
-pytestmark = vllm_cpu.needed
+pytestmark = [*vllm_cpu.needed, vllm_cpu.shown_too_by("test_hands_box.py, all but the chats,")]
 
 
 def test_an_engine_that_is_killed_is_back_through_gpuwatch_and_both_chats_know(model, tmp_path):
