@@ -434,5 +434,5 @@ class Cycle:
             transitions=judged.verdict.transitions,
             remediations=advanced,
             refusals=refusals,
-            hurries=any(asked[0].since_ms == self._ticked_at_ms for asked in turn.asks),
+            hurries=any(r.since_ms == self._ticked_at_ms for r, _ in turn.asks),
         )

@@ -198,11 +198,9 @@ def _asked_last(books: Books) -> Mapping[str, Argument]:
 
 
 def _good_before(books: Books) -> int:
-    from gpuwatch.servers import measured  # noqa: PLC0415
+    from gpuwatch.servers.measured import last_good  # noqa: PLC0415
 
-    good_after_ms = books.settings.remediation.good_after
-    found = measured.measured(books.server.name, books.starts, None, books.at_ms, good_after_ms=good_after_ms)
-    good = measured.last_good(found, before=books.revision(books.present).number)
+    good = last_good(books.measured(None), before=books.revision(books.present).number)
     if good is None or good not in books.revisions:
         what = f"config rollback {books.server.name}: no revision before {books.present} has proved good"
         raise ConfigError([f"{what}; name one of those that `gpuwatch config log` shows"])

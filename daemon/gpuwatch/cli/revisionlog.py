@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from gpuwatch.config import ServerSettings, Settings
+    from gpuwatch.promql import Querier
     from gpuwatch.records import Refusal, Revision, ServerStart
     from gpuwatch.servers.measured import Measured
     from gpuwatch.store import ReadStore
@@ -65,6 +66,13 @@ class Books:
     def told(self, code: str, /, **facts: object) -> str:
         """The phrase of the catalogue in the settings' language."""
         return told(self.settings, code, **facts)
+
+    def measured(self, querier: Querier | None) -> Mapping[int, Measured]:
+        """What each revision came to; without a `querier` only what the starts tell."""
+        from gpuwatch.servers.measured import measured  # noqa: PLC0415 (each command loads only what it needs)
+
+        good_after_ms = self.settings.remediation.good_after
+        return measured(self.server.name, self.starts, querier, self.at_ms, good_after_ms=good_after_ms)
 
     def revision(self, number: int | None) -> Revision:
         """ConfigError if there is none of that number."""
@@ -145,16 +153,13 @@ def log_of(books: Books) -> list[dict[str, Any]]:
 def _measured(books: Books) -> Mapping[int, Measured]:
     """With figures out of the series, as far as these can be read."""
     from gpuwatch import store  # noqa: PLC0415
-    from gpuwatch.servers.measured import measured  # noqa: PLC0415
 
-    known = (books.server.name, books.starts)
-    good_after_ms = books.settings.remediation.good_after
     try:
         with store.open_history(books.settings.state_dir) as history:
-            return measured(*known, history, books.at_ms, good_after_ms=good_after_ms)
+            return books.measured(history)
     except StoreError as error:
         click.echo(books.told("config.unmeasured", detail=error), err=True)
-        return measured(*known, None, books.at_ms, good_after_ms=good_after_ms)
+        return books.measured(None)
 
 
 def table(rows: Sequence[Mapping[str, Any]], lang: str) -> str:

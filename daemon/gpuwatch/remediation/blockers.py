@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from gpuwatch.records import Remediation
 
 _UNDER_WAY: Final = {SupervisorPhase.ACTIVATING, SupervisorPhase.DEACTIVATING}
-_OVER: Final = {SupervisorPhase.INACTIVE, SupervisorPhase.FAILED}
 _STALE_AFTER_MS: Final = 30_000
 _UNHELPFUL: Final = {Phase.FAILED, Phase.ROLLED_BACK}
 _FAILURES_MOST: Final = 2
@@ -141,7 +140,7 @@ def auto_restart(s: Situation) -> Reason | None:
 def end_unread(s: Situation) -> Reason | None:
     """What ended it stands in its log, which is read within a second or two: the cure depends on it."""
     start = s.starts[0] if s.starts else None
-    if s.server is None or start is None or s.server.supervisor.phase not in _OVER:
+    if s.server is None or start is None or not s.is_dead:
         return None
     is_open = start.ended_at_ms is None and start.began_at_ms == s.server.supervisor.started_at_ms
     return Reason("end_unread") if is_open else None
