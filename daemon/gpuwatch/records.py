@@ -223,6 +223,16 @@ class SupervisorState:
     stop_asked: bool = False  # somebody asked for its stop, under way or done; it did not end by itself
     detail: str = ""
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is no process of it; the supervisor may be about to start one."""
+        return self.is_dead or self.phase is SupervisorPhase.AUTO_RESTART
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether its process has ended, and nothing will start it by itself."""
+        return self.phase in {SupervisorPhase.INACTIVE, SupervisorPhase.FAILED}
+
 
 class ServerPhase(enum.StrEnum):
     """Where a vLLM server is in its life."""

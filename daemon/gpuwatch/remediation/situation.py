@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Self
 
-from gpuwatch.records import ActionClass, Mode, Sight, StartOutcome, SupervisorPhase
+from gpuwatch.records import ActionClass, Mode, Sight, StartOutcome
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,7 +21,6 @@ RESTART: Final = "restart"
 RECONFIGURE: Final = "reconfigure"
 CALLED_OFF: Final = frozenset({"aborted_by", "alert_over", "stopped_by_operator"})
 """Outcomes of what was taken back because somebody said so, or all was well again: no cure that failed."""
-_GONE: Final = frozenset({SupervisorPhase.INACTIVE, SupervisorPhase.FAILED})
 _HOUR_MS: Final = 3_600_000
 _UNSEEN: Final = Sight()
 
@@ -149,7 +148,7 @@ class Situation:
     @property
     def is_dead(self) -> bool:
         """Whether the server's process has ended, and nothing will start it by itself."""
-        return self.server is not None and self.server.supervisor.phase in _GONE
+        return self.server is not None and self.server.supervisor.is_dead
 
     @property
     def current(self) -> Revision | None:

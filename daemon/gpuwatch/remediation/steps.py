@@ -21,7 +21,6 @@ from gpuwatch.records import (
     StartOutcome,
     Step,
     StepEnd,
-    SupervisorPhase,
 )
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ _OPENED_AFTER_MS: Final = 15_000  # the stages of the door
 _NO_GUEST_AFTER_MS: Final = 10_000  # a guest that is not heard for less may have been busy
 _VERDICT_AFTER_MS: Final = 3_000  # a verdict of now was made with what was seen before
 _GRAIN_MS: Final = 100  # a tick's instant is rounded, so that a process may begin before the step that asked
-_GONE: Final = frozenset({SupervisorPhase.INACTIVE, SupervisorPhase.FAILED})
 _OF_THE_PROCESS: Final = frozenset({"stop", "await_memory", "start", "canary"})
 
 
@@ -98,7 +96,7 @@ class Look:
     @property
     def is_gone(self) -> bool:
         """Whether its process ended and nothing will start it by itself."""
-        return self.seen.server.supervisor.phase in _GONE
+        return self.seen.server.supervisor.is_dead
 
     @property
     def start(self) -> ServerStart | None:
@@ -165,7 +163,7 @@ def cuts(r: Remediation, seen: Seen) -> bool:
     step = present(r)
     if r.phase is not Phase.APPLYING or step is None or step.action not in {"stop", "start"}:
         return False
-    return seen.server.supervisor.phase not in _GONE or began_anew(r, seen)
+    return not seen.server.supervisor.is_dead or began_anew(r, seen)
 
 
 def is_deed(action: str) -> bool:

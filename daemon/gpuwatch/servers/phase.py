@@ -22,7 +22,6 @@ from gpuwatch.records import Labels, Sample, ServerPhase, ServerState, Superviso
 
 UNANSWERED_MS: Final = 30_000
 _UP: Final = frozenset({SupervisorPhase.ACTIVE, SupervisorPhase.ACTIVATING})
-_GONE: Final = frozenset({SupervisorPhase.INACTIVE, SupervisorPhase.FAILED, SupervisorPhase.AUTO_RESTART})
 
 
 class Health(enum.StrEnum):
@@ -103,7 +102,7 @@ def samples(state: ServerState) -> list[Sample]:
 
 def _start_began_ms(was: ServerState, supervisor: SupervisorState, now_ms: int) -> int | None:
     """When the process that is coming up began; None if none is, or it has been healthy already."""
-    if supervisor.phase in _GONE or supervisor.stop_asked:
+    if supervisor.has_ended or supervisor.stop_asked:
         return None
     if supervisor.phase not in _UP:  # on its way down, or nobody can tell: as before
         return was.starting_since_ms
@@ -126,7 +125,7 @@ def _failing(
     was: ServerState, supervisor: SupervisorState, *, starting: bool, overdue: bool
 ) -> tuple[ServerPhase, str]:
     """Rules 4 to 7: the phase and the reason of a server that is not healthy."""
-    gone = supervisor.phase in _GONE
+    gone = supervisor.has_ended
     if overdue:
         return ServerPhase.DOWN, "its start is overdue"
     if was.phase in {ServerPhase.SERVING, ServerPhase.DOWN}:

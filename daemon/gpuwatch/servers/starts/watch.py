@@ -23,7 +23,6 @@ from gpuwatch.records import (
     ServerPhase,
     ServerStart,
     StartOutcome,
-    SupervisorPhase,
 )
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from gpuwatch.records import ServerState
     from gpuwatch.servers.starts.log import StartLog
 
-_GONE: Final = frozenset({SupervisorPhase.INACTIVE, SupervisorPhase.FAILED, SupervisorPhase.AUTO_RESTART})
 _EXIT: Final = re.compile(r"(?P<how>exited with status|killed by signal) (?P<number>\d+)")
 _LONGEST_START_MS: Final = 1_800_000
 _EXIT_FACTS: Final = ("status", "signal")
@@ -119,7 +117,7 @@ class StartWatch:
         next_ms = _next_began_ms(start, state)
         if start.ended_at_ms is not None:
             return self._reread(start, next_ms)
-        if next_ms is not None or state.supervisor.phase in _GONE:
+        if next_ms is not None or state.supervisor.has_ended:
             return self._over(start, state, next_ms, now_ms)
         if start.outcome is not StartOutcome.STARTING:
             return self._reread(start, next_ms)
