@@ -490,6 +490,13 @@ def test_a_stop_leaves_nothing_running_and_is_seen_as_asked_for(any_host):
     assert any_host.members() == []
 
 
+def test_what_a_dead_server_left_is_stopped_and_its_death_remains_one(any_host):
+    os.kill(any_host.start().pid, signal.SIGKILL)
+    any_host.when(any_host.is_gone)
+    any_host.until("stop", lambda: not any_host.members())
+    assert not any_host.observe().stop_asked
+
+
 def test_while_a_stop_is_under_way_the_server_is_deactivating(any_of):
     host = any_of("--ignore-term")
     host.start()

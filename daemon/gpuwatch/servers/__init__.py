@@ -85,7 +85,8 @@ class Supervisor(Protocol):
         """Ask for a step, or help it on; never wait for it. Asked again until its effect is seen.
 
         `stop`: all of it must go, and whoever would restart it must not; a stop that is under way is
-        not asked again. A stop of ours is seen as `stop_asked` like anybody's.
+        not asked again. A stop of ours is seen as `stop_asked` like anybody's; of a server that has ended
+        by itself only what it left behind is ended, and it was not asked to stop.
         `start`: a server that is stopped must come; one that runs, or is on its way, is left as it is.
         `restart`: what began before `since_ms` must go and one new process must come.
         Of `start` and `restart`: once a process began at or after `since_ms`, even if it died, and while

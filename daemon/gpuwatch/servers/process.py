@@ -84,6 +84,8 @@ class ProcessSupervisor:
             match step.action:
                 case "restart":
                     self._restart(life, since_ms, now_ms)
+                case "stop" if life and life.wanted and not alive:  # it ended by itself, and that remains so
+                    self._is_cleared(life, since_ms, now_ms)
                 case "stop":
                     self._stop(life, since_ms, now_ms)
                 case "start" if alive and life:
