@@ -2,15 +2,17 @@
 
 usage: gpu_hands.py MODELS_DIR [--rehearse PYTHON] [PART ...]
 Needs an NVIDIA driver, vLLM, PyTorch and gpuwatch on PYTHONPATH. Parts: rival (5 minutes), refused (2),
-killed (5), all of one server of the 0.6B shape, and reranker (6), of another. One call holds nine minutes, so
-name them; a first start takes two more. Each has its own time, and one that fails ends no other. No setting
-of the GPU is changed; only what this script started is stopped. $OUT gets logs and captures.
+killed (5), all of one server of the 0.6B shape; reranker (6), of another; light (4), of a third. One call
+holds nine minutes, so name them; a first start takes two more. Each has its own time, and one that fails
+ends no other. No setting of the GPU is changed; only what this script started is stopped. $OUT gets logs and
+captures.
 CI has no GPU for it.
 With `--rehearse` a CPU build of vLLM stands in, which that interpreter has: what dies is killed, by no rival.
 """
 
 import argparse
 import contextlib
+import os
 import random
 import signal
 import socket
@@ -43,7 +45,7 @@ from gpuwatch.guest import client  # noqa: E402
 from gpuwatch.records import Phase  # noqa: E402
 
 WITHIN_S = h200.WITHIN_S - 40  # what is kept, and the end of all
-PORT, RERANKER_PORT = 8010, 8011
+PORT, RERANKER_PORT, LIGHT_PORT = 8010, 8011, 8012
 KILLED_AT = ("await_memory", "swap", "start")
 # 5.6 GiB, of which weights and activations leave less than the 4.4 GiB that one such request needs.
 TOO_LITTLE = ("gpu_memory_utilization=0.04", "max_model_len=40960")
@@ -55,6 +57,16 @@ AS_A_RERANKER = {
     "classifier_from_token": ["no", "yes"],
     "is_original_qwen3_reranker": True,
 }
+
+# Each begins every 90 s and is over after ten, so that its cure is proved.
+LIGHT = {"reset_prefix_cache": 0, "sleep_wake": 45}
+LIGHT_RULES = "groups:\n- name: light\n  interval: 1s\n  rules:\n" + "".join(
+    f"""  - alert: {name}
+    expr: server_phase{{phase="serving"}} == 1 and on () ((vector(time()) - {at_s}) % 90 < 10)
+    labels: {{severity: info, remediation: {name}}}
+"""
+    for name, at_s in LIGHT.items()
+)
 
 # -- a server, and what is wished of it ------------------------------------------------------------------
 
@@ -295,6 +307,25 @@ def measured(trials, host, what, is_right):
     trials.check(f"{what}: used by NVML", f"{used:.1f} GiB", is_right(used))
 
 
+def light(trials, host):
+    """What needs no new process, on a live server: each once, at its time."""
+    wanted = {"reset_prefix_cache"} if host.place.rehearses else LIGHT.keys()  # CPUs do not sleep
+    with Clients(host.port, 4):
+        time.sleep(15)  # prompts that are known
+
+    def done():
+        found = host.rows(lambda rows: rows.remediations(limit=20), [])
+        return {r.plan.alert: r for r in found if r.plan.alert in LIGHT and r.phase is Phase.SUCCEEDED}
+
+    took_s = host.follow(150, lambda: done().keys() >= wanted)
+    shown(*done().values())
+    trials.check("each was done and proved within", f"{took_s} s", bool(took_s))
+    for r in done().values():
+        print(f"$ gpuwatch why {r.plan.id}\n{gpuwatch('why', r.plan.id)}\n")
+    said, _ = completion(host.port, 16)
+    trials.check("a request is answered", said, said == 200)
+
+
 # -- all of it -------------------------------------------------------------------------------------------
 
 
@@ -304,7 +335,7 @@ def options():
     )
     parser.add_argument("models", type=Path, metavar="MODELS_DIR")
     parser.add_argument("--rehearse", metavar="PYTHON", help="the interpreter of a CPU build of vLLM")
-    parser.add_argument("parts", nargs="*", metavar="PART", help="rival, refused, killed, reranker")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="rival, refused, killed, reranker, light")
     return parser.parse_intermixed_args()
 
 
@@ -327,6 +358,16 @@ def parts_of_reranker(trials, place):
         trials.part("reranker", 480, reranker, host)
 
 
+def parts_of_light(trials, place):
+    os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # the routes that reset and sleep
+    more = {} if place.rehearses else {"enable-sleep-mode": True}
+    base = place.settings("qwen3-0.6b", LIGHT_PORT, **more, **{"gpu-memory-utilization": 0.3})
+    policies = [{"name": name, "match": {"remediation": name}, "steps": [name]} for name in LIGHT]
+    with Host(place, "l", base, rules=LIGHT_RULES, policies=policies) as host:
+        trials.part("start l", 210, first, host)
+        trials.part("light", 200, light, host)
+
+
 def main():
     given = options()
     place = Place(given.models.resolve())
@@ -341,6 +382,8 @@ def main():
         parts_of_one(trials, place)
     if not given.parts or "reranker" in given.parts:
         parts_of_reranker(trials, place)
+    if not given.parts or "light" in given.parts:
+        parts_of_light(trials, place)
     raise SystemExit(trials.ended())
 
 

@@ -71,7 +71,7 @@ class Place:
 class Host:
     """A folder with all that gpuwatch knows, the daemon, and its server `name`; ends what it began."""
 
-    def __init__(self, place, name, base, *, bounds=None):
+    def __init__(self, place, name, base, *, bounds=None, rules="", policies=()):
         self.place, self.name, self.port, self.base = place, name, base["port"], base
         self.state = Path(tempfile.mkdtemp(prefix=f"gpuwatch-hands-{name}-"))
         self.guests, self.daemon, self.rival = self.state / "guests", None, None
@@ -82,9 +82,11 @@ class Host:
         }
         print(gpuwatch("guest", "install", str(self.state / "guest")))
         self.python = own_python(self.state / "python")
-        (self.state / "gpuwatch.yaml").write_text(
-            json.dumps(self._configuration(bounds or {}))
-        )  # JSON is YAML
+        settings = self._configuration(bounds or {})
+        if rules:
+            (self.state / "rules.yaml").write_text(rules)
+            settings |= {"rules": [str(self.state / "rules.yaml")], "policies": list(policies)}
+        (self.state / "gpuwatch.yaml").write_text(json.dumps(settings))  # JSON is YAML
         (self.state / "base.yaml").write_text(json.dumps(base))
 
     def _configuration(self, bounds):

@@ -254,7 +254,8 @@ DECIDED = plan(
         Considered(option="blocker:paused", code="passed"),
         Considered(option="blocker:starting", code="passed"),
     ),
-    signals={"value": "1", "verdict": "stalled", "free_bytes:GPU-0": str(2 * GIB), "summary": "qwen is down"},
+    signals={"value": "1", "verdict": "stalled", "free_bytes:GPU-0": str(2 * GIB), "summary": "qwen is down"}
+    | {"tokens_per_s": "136.39434570210997"},
 )
 
 
@@ -267,7 +268,7 @@ def test_a_decision_tells_what_was_seen_and_considered_and_who_said_yes(gpuwatch
     text = gpuwatch(why, "gw-aaaaaa", remediations=[applying], audit=audit)
     found = cells(text)
     assert found["alert"] == ['VLLMDown{server="qwen",severity="critical"}']
-    ends = ("1", "stalled", "GPU-0 2 GiB", "qwen is down")
+    ends = ("1", "stalled", "GPU-0 2 GiB", "qwen is down", "tokens/s 136.394")
     assert all(seen.endswith(end) for seen, end in zip(found["seen"], ends, strict=True))
     considered = found["considered"]
     assert considered[0].startswith("gpu_memory_utilization: ")

@@ -200,11 +200,14 @@ def _in_one_language(signals: Mapping[str, str], lang: str) -> dict[str, str]:
 
 
 def _signal(name: str, value: str, lang: str) -> str:
-    """`81604378624` of `free_bytes:GPU-0` with its unit; what is no number stands as it is."""
+    """`81604378624` of `free_bytes:GPU-0` with its unit, a fraction in six digits; words as they are."""
     base, _, of = name.partition(":")
     unit = units.unit_of_metric(base)
     with contextlib.suppress(ValueError):
-        value = units.human(float(value), unit) if unit else value
+        if unit:
+            value = units.human(float(value), unit)
+        elif "." in value:
+            value = f"{float(value):.6g}"
     return " ".join(part for part in (words(f"signal.{base}", lang), of, value) if part)
 
 
