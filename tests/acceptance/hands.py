@@ -26,10 +26,13 @@ def wait_for(question, within_s, every_s=0.3):
 class Operator:
     """What a person types about server `m`, and what is answered.
 
-    `gpuwatch(*words)` is to run a command; `state` is where the daemon keeps its rows.
+    `gpuwatch(*words)` is to run a command; `state` is where the daemon keeps its rows, `settings` where the
+    server's revisions lie, `url` where it answers.
     """
 
     state: Path
+    settings: Path
+    url: str
 
     def set(self, *pairs, why="a test"):
         self.gpuwatch("config", "set", "m", *pairs, "--why", why, "--yes")
@@ -52,6 +55,28 @@ class Operator:
 
     def revisions(self):
         return {r["number"]: r for r in json.loads(self.gpuwatch("config", "log", "m", "--json"))}
+
+    def current(self):
+        return int((self.settings / "current.yaml").readlink().stem.removeprefix("rev-"))
+
+    def is_healthy(self):
+        with contextlib.suppress(requests.RequestException):
+            return requests.get(f"{self.url}/health", timeout=5).status_code == 200
+        return False
+
+    def changes_under_load(self):
+        """Other settings for a server that is asked all the time: proved, and all let in was answered."""
+        before = self.last_id()
+        with Load(self.url) as load:
+            wait_for(lambda: load.whole > 3, 60)
+            self.set("max_num_seqs=4")
+            done = self.ended(before)
+            wait_for(self.is_healthy, 60)
+        print("whole", load.whole, "refused", load.refused, "lost", load.lost)
+        assert (done["phase"], done["outcome"]) == ("succeeded", "restored")
+        assert load.lost == []
+        assert load.refused > 0
+        assert self.revisions()[self.current()]["arguments"]["max_num_seqs"] == 4
 
 
 class Load:

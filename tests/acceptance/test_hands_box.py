@@ -12,7 +12,6 @@ import time
 
 import psutil
 import pytest
-import requests
 from tests.acceptance import vllm_cpu
 from tests.acceptance.hands import Load, Operator, wait_for
 from tests.acceptance.systemd_box import COMMAND, HERE, LACKING, UNIT, Box, install
@@ -81,7 +80,7 @@ class Host(Operator):
         )
         enabled = self.box.root / "etc/systemd/system/multi-user.target.wants" / SERVER
         enabled.unlink(missing_ok=True)  # left by a run that was cut short, it would start with the box
-        self.state = self.box.root / STATE
+        self.state, self.settings, self.url = self.box.root / STATE, self.box.root / SETTINGS, URL
         self.box.boot()
         python = self.box.run("python3", "-c", "import sys; print('python%d.%d' % sys.version_info[:2])")
         if python != packages.parent.name:
@@ -113,9 +112,6 @@ class Host(Operator):
     def gpuwatch(self, *words):
         return self.box.run(COMMAND, *words)
 
-    def current(self):
-        return int((self.box.root / SETTINGS / "current.yaml").readlink().stem.removeprefix("rev-"))
-
     def process(self, name):
         """One of the server's, as the host sees it."""
         (found,) = [p for p in psutil.process_iter(["cmdline"]) if name in " ".join(p.info["cmdline"] or [])]
@@ -126,15 +122,10 @@ class Host(Operator):
 
     def uses(self, number):
         """As somebody does by hand who knows better: that revision, and a restart."""
-        link = self.box.root / SETTINGS / "by-hand"
+        link = self.settings / "by-hand"
         link.symlink_to(f"rev-{number:04}.yaml")
-        link.replace(self.box.root / SETTINGS / "current.yaml")
+        link.replace(self.settings / "current.yaml")
         self.ctl("restart")
-
-    def is_healthy(self):
-        with contextlib.suppress(requests.RequestException):
-            return requests.get(f"{URL}/health", timeout=5).status_code == 200
-        return False
 
     def healthy_after_s(self, began_s):
         wait_for(self.is_healthy, 120, every_s=0.05)
@@ -217,16 +208,8 @@ def test_an_engine_that_hangs_under_load_is_restarted(host):
 
 @vllm_cpu.shown_too_by("test_hands_vllm.py")
 def test_other_settings_come_under_load_and_no_request_that_ran_is_lost(host):
-    last = host.rests()
-    with Load(URL) as load:
-        wait_for(lambda: load.whole > 3, 60)
-        host.set("max_num_seqs=4")
-        done = host.ended(last)
-        host.rests()
-    print("whole", load.whole, "refused", load.refused, "lost", load.lost)
-    assert (done["phase"], done["outcome"]) == ("succeeded", "restored")
-    assert load.lost == []
-    assert load.refused > 0
+    host.rests()
+    host.changes_under_load()
 
 
 def test_settings_without_room_for_one_request_are_taken_back_and_by_hand_made_to_fit(host):

@@ -9,10 +9,9 @@ import sys
 
 import psutil
 import pytest
-import requests
 from click.testing import CliRunner
 from tests.acceptance import vllm_cpu
-from tests.acceptance.hands import Load, Operator, wait_for
+from tests.acceptance.hands import Operator, wait_for
 
 from gpuwatch import cli
 from gpuwatch.remediation.steps import present
@@ -63,6 +62,7 @@ class Host(Operator):
 
     def __init__(self, folder, model):
         self.folder, self.state, self.guests = folder, folder, folder / "guests"
+        self.settings, self.url = folder / "revisions", URL
         self.guests.mkdir()
         assert CliRunner().invoke(cli.main, ["guest", "install", str(folder / "lib")]).exit_code == 0
         self.config, self.base = folder / "gpuwatch.yaml", folder / "base.yaml"
@@ -85,14 +85,6 @@ class Host(Operator):
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
-
-    def current(self):
-        return int((self.folder / "revisions" / "current.yaml").readlink().stem.removeprefix("rev-"))
-
-    def is_healthy(self):
-        with contextlib.suppress(requests.RequestException):
-            return requests.get(f"{URL}/health", timeout=5).status_code == 200
-        return False
 
     def processes(self):
         """Whatever the daemon started as this server: it leads a session of its own."""
@@ -137,17 +129,7 @@ def host(model, tmp_path_factory):
 
 
 def test_other_settings_come_under_load_and_no_request_that_ran_is_lost(host):
-    before = host.last_id()
-    with Load(URL) as load:
-        wait_for(lambda: load.whole > 3, 60)
-        host.set("max_num_seqs=4")
-        done = host.ended(before)
-        wait_for(host.is_healthy, 60)
-    print("whole", load.whole, "refused", load.refused, "lost", load.lost)
-    assert (done["phase"], done["outcome"]) == ("succeeded", "restored")
-    assert load.lost == []
-    assert load.refused > 0
-    assert host.revisions()[host.current()]["arguments"]["max_num_seqs"] == 4
+    host.changes_under_load()
 
 
 def test_settings_that_vllm_refuses_touch_nothing(host):
