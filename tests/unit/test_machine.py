@@ -555,6 +555,15 @@ CASES = [  # (name, remediation, seen, after ms, phase, step that is asked, outc
         "",
     ),
     (
+        "what is taken back is started though its memory does not come back",
+        at(Phase.ROLLING_BACK, "reconfigure", step="await_memory", row={"outcome": "step_late"}),
+        seen(server(ServerPhase.STOPPED, stop_asked=True), sees(gpu_holders=1)),
+        10 * MINUTE,
+        Phase.ROLLING_BACK,
+        "start",
+        "step_late",
+    ),
+    (
         "an operator stops it while it starts",
         at(Phase.APPLYING, step="start"),
         seen(server(ServerPhase.STOPPED, stop_asked=True, started_at_ms=NOW + 1)),

@@ -144,7 +144,7 @@ def refused(remediation: Remediation, detail: str, now_ms: int) -> Remediation:
     r, step = remediation, present(remediation)
     if step is None:
         return r
-    if not must_succeed(step.action):
+    if not must_succeed(step.action, r.phase):
         return dataclasses.replace(r, heard={**r.heard, "failed": detail})
     return _moved(r, _failing(r, Failed.of("not_asked", detail=detail)), now_ms)
 
@@ -182,7 +182,7 @@ def _walking(r: Remediation, seen: Seen, now_ms: int) -> _Move | None:
     if step is None:
         return _walked_to_the_end(r, seen)
     found = judged(Look(step=step, remediation=r, seen=seen, now_ms=now_ms))
-    if isinstance(found, Failed) and must_succeed(step.action):
+    if isinstance(found, Failed) and must_succeed(step.action, r.phase):
         return _failing(r, found, seen)
     if not found:
         return None

@@ -194,8 +194,14 @@ def over(r: Remediation, found: Found, now_ms: int) -> tuple[PastStep, ...]:
     return (past,)
 
 
-def must_succeed(action: str) -> bool:
-    """Whether a plan fails with that step; with one that nobody knows, too."""
+def must_succeed(action: str, phase: Phase) -> bool:
+    """Whether a plan fails with that step; with one that nobody knows, too.
+
+    What is taken back is started also where the memory is not: a start that fails says why, and the server
+    counts as down; one that was stopped and only waited for would stay stopped.
+    """
+    if phase is Phase.ROLLING_BACK and action == "await_memory":
+        return False
     return action not in STEPS or STEPS[action].late_fails
 
 
