@@ -241,9 +241,8 @@ def killed(trials, host, step):
     before, both = host.newest_id(), {host.current(), max(host.revisions()) + 1}
     sequences = 8 if host.revisions()[host.current()].arguments["max_num_seqs"] != 8 else 4
     host.wish("set", host.name, f"max_num_seqs={sequences}", why=f"killed at {step}")
-    end_s = time.monotonic() + 80
-    while (host.newest_id() == before or host.step() != step) and time.monotonic() < end_s:
-        time.sleep(0.02)  # a swap takes 0.2 s
+    # A swap takes 0.2 s.
+    until(80, lambda: host.newest_id() != before and host.step() == step, every_s=0.02)
     host.kill_gpuwatch()
     at = host.step()
     say(f"$ kill -9 {host.daemon.pid}   # gpuwatch, at the step {at}")

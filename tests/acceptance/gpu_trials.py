@@ -104,11 +104,11 @@ def verdicts(server, since_s):
     )
 
 
-def until(within_s, question):
+def until(within_s, question, every_s=0.3):
     """The first answer that is not empty; the last one if none was in time."""
     end_s = time.monotonic() + within_s
     while not (found := question()) and time.monotonic() < end_s:
-        time.sleep(0.3)
+        time.sleep(every_s)
     return found
 
 
