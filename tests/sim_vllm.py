@@ -241,7 +241,7 @@ class SimServer:
     stalled: bool = False  # /health answers 200, and no token comes
     asleep: bool = False
     failing_starts: int = 0  # so many next starts die half-way
-    port_busy: bool = False
+    port_busy: bool = False  # when it is down somebody else listens there, and says nothing
     stopped_by_operator: bool = False
     stop_asked: bool = False
     has_guest: bool = True
@@ -435,7 +435,7 @@ class SimHealth:
         server = self.world.server
         if self.hangs:
             raise SourceError("health: the reader hangs")
-        timeout = server.up and server.busy
+        timeout = server.busy if server.up else server.port_busy
         figures = {"server_health_timeout": float(timeout)}
         if not timeout:
             figures["server_health_ok"] = float(server.well)

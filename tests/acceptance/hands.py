@@ -1,6 +1,7 @@
 """What is needed to see gpuwatch's hands at work: a person who types, clients, and patience."""
 
 import contextlib
+import itertools
 import json
 import threading
 import time
@@ -37,19 +38,29 @@ class Operator:
     def set(self, *pairs, why="a test"):
         self.gpuwatch("config", "set", "m", *pairs, "--why", why, "--yes")
 
-    def last(self):
-        """The row of the newest remediation; None if there is none. A command each time would take a core."""
+    def rows(self):
+        """Those of remediations, the newest first. A command each time would take a core."""
         with contextlib.suppress(StoreError), open_read_only(self.state) as view:
-            return next(iter(view.remediations(limit=1)), None)
-        return None
+            return view.remediations()
+        return []
+
+    def last(self):
+        """The row of the newest remediation; None if there is none."""
+        return next(iter(self.rows()), None)
+
+    def next_after(self, its_id):
+        """The row of the remediation that came after that one; of the first of all for an empty id."""
+        later = list(itertools.takewhile(lambda r: r.plan.id != its_id, self.rows()))
+        return later[-1] if later else None
 
     def last_id(self):
         return last.plan.id if (last := self.last()) else ""
 
     def ended(self, after, within_s=300):
         """The remediation that came after that one, at its end, as history tells it."""
-        wait_for(lambda: (r := self.last()) and r.plan.id != after and r.phase not in LIVE_PHASES, within_s)
-        seen = json.loads(self.gpuwatch("history", "m", "--json"))[0]
+        wait_for(lambda: (r := self.next_after(after)) and r.phase not in LIVE_PHASES, within_s)
+        its_id = self.next_after(after).plan.id
+        (seen,) = [one for one in json.loads(self.gpuwatch("history", "m", "--json")) if one["id"] == its_id]
         print(seen["id"], seen["actions"], seen["phase"], seen["outcome"], seen["facts"], seen.get("account"))
         return seen
 

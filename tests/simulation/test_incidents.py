@@ -344,8 +344,13 @@ def test_memory_that_comes_back_in_time_leaves_the_settings_as_they_are(served):
 
 def test_a_port_in_use_is_no_reason_to_change_arguments(served):
     world = served()
-    world.server.port_busy = True
+    world.server.port_busy = True  # by somebody who accepts connections and never answers
+    died_ms = world.now_ms
     world.server.die()
+    run_until(world, lambda: "failed" in told(world))
+    (done,) = world.store.remediations(SERVER, limit=9)
+    assert (done.plan.alert, done.facts["failure"]) == ("VLLMDown", "port_busy")
+    assert world.supervisor.restarts[0] - died_ms <= 10 * SECOND
     world.run_for(5 * MINUTE)
     assert world.revisions.current() == 1
     assert len(world.supervisor.restarts) <= 2

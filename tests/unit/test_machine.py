@@ -151,9 +151,13 @@ def test_a_reconfiguration_without_both_revisions_cannot_be_made():
 
 ANEW = server(ServerPhase.SERVING, SupervisorPhase.ACTIVE, started_at_ms=NOW + 1)
 DEAD_ANEW = server(supervisor=SupervisorPhase.FAILED, started_at_ms=NOW + 1)
+TOLD = life(NOW + 1, ended_at_ms=NOW + 2, failure="kv_cache_too_small")
+UNTOLD = life(NOW + 1, ended_at_ms=NOW + 2, failure="unknown")
+SAID_OF_BEFORE = life(NOW - MINUTE, ended_at_ms=NOW - SECOND, failure="runtime_oom")
 COMING_AGAIN = server(supervisor=SupervisorPhase.AUTO_RESTART, started_at_ms=NOW + 1)
 STOPPING = serving(stop_asked=True)
 SHUT = Sight(doors=1, admission_limit=0, requests_running=0, requests_waiting=0, in_flight=0)
+GONE = {"heard": {"died_ms": str(NOW)}}
 KEPT, UNDONE = {"keep_revision": "6"}, Phase.ROLLING_BACK
 
 
@@ -230,7 +234,12 @@ JUDGED = [
     ("start", {}, ANEW, sees(), 5, {}, True),
     ("start", {}, serving(), sees(), 5, {}, False),  # the one before
     ("start", {}, serving(NOW - 60), sees(), 5, {}, True),  # within the grain of a tick's instant
-    ("start", {}, DEAD_ANEW, sees(), 5, {}, "died_again"),
+    ("start", {}, DEAD_ANEW, sees(start=TOLD), 0, {}, "died_again"),
+    ("start", {}, DEAD_ANEW, sees(start=UNTOLD), 4, GONE, False),  # its last lines may still come
+    ("start", {}, DEAD_ANEW, sees(start=UNTOLD), 5, GONE, "died_again"),
+    ("start", {}, DEAD_ANEW, sees(start=SAID_OF_BEFORE), 4, GONE, False),
+    ("start", {}, DEAD_ANEW, sees(start=life(NOW + 1)), 4, GONE, False),  # its end is not read
+    ("start", {}, DEAD_ANEW, sees(), 5, GONE, "died_again"),
     ("start", {}, COMING_AGAIN, sees(), 5, {}, False),
     ("start", {}, server(), sees(), 60, {}, "step_late"),
     ("start", {}, serving(), sees(), 5, {"phase": UNDONE}, True),
@@ -246,7 +255,12 @@ JUDGED = [
     ("canary", {}, ANEW, sees(verdict="working"), 3, {}, True),
     ("canary", {}, ANEW, sees(verdict="idle"), 59, {}, False),
     ("canary", {}, ANEW, sees(), 60, {}, "step_late"),
-    ("canary", {}, DEAD_ANEW, sees(), 5, {}, "died_again"),
+    ("canary", {}, DEAD_ANEW, sees(start=TOLD), 0, {}, "died_again"),
+    ("canary", {}, DEAD_ANEW, sees(start=UNTOLD), 4, GONE, False),  # its last lines may still come
+    ("canary", {}, DEAD_ANEW, sees(start=UNTOLD), 5, GONE, "died_again"),
+    ("canary", {}, DEAD_ANEW, sees(start=SAID_OF_BEFORE), 4, GONE, False),
+    ("canary", {}, DEAD_ANEW, sees(start=life(NOW + 1)), 4, GONE, False),  # its end is not read
+    ("canary", {}, DEAD_ANEW, sees(), 5, GONE, "died_again"),
     ("open_door", {}, ANEW, sees(), 0, {}, True),
     ("open_door", {}, ANEW, sees(doors=1), 14, {}, False),
     ("open_door", {}, ANEW, sees(doors=1), 15, {}, True),
@@ -308,9 +322,17 @@ def test_every_step_is_judged_above_as_done_and_as_not_yet():
 
 
 def test_a_process_that_died_again_says_of_what():
-    dead = life(NOW + 1, failure="runtime_oom")
-    r, _ = remediation.advance(at(Phase.APPLYING, step="start"), seen(DEAD_ANEW, sees(start=dead)), NOW + 500)
-    assert r.facts == {"step": "start", "detail": "gone", "failure": "runtime_oom"}
+    r, _ = remediation.advance(at(Phase.APPLYING, step="start"), seen(DEAD_ANEW, sees(start=TOLD)), NOW + 500)
+    assert r.facts == {"step": "start", "detail": "gone", "failure": "kv_cache_too_small"}
+
+
+def test_a_process_that_died_again_and_never_says_of_what_is_waited_for_five_seconds():
+    r, outcomes = at(Phase.APPLYING, step="start"), []
+    for second in range(1, 7):
+        r, _ = remediation.advance(r, seen(DEAD_ANEW, sees(start=SAID_OF_BEFORE)), NOW + second * SECOND)
+        outcomes.append(r.outcome)
+    assert outcomes == [""] * 5 + ["died_again"]
+    assert r.facts["failure"] == ""
 
 
 # -- one cycle of the machine ----------------------------------------------------------------------------
@@ -447,7 +469,7 @@ CASES = [  # (name, remediation, seen, after ms, phase, step that is asked, outc
     (
         "a failure after a deed is taken back",
         at(Phase.APPLYING, "reconfigure", step="start"),
-        seen(DEAD_ANEW, sees(revision=7)),
+        seen(DEAD_ANEW, sees(revision=7, start=TOLD)),
         9000,
         Phase.ROLLING_BACK,
         "swap",
@@ -750,7 +772,7 @@ CASES = [  # (name, remediation, seen, after ms, phase, step that is asked, outc
     (
         "a dead server that was started, and died again: it is started with the revision before",
         at(Phase.APPLYING, "reconfigure", step="start", row=UNCUT),
-        seen(DEAD_ANEW, sees(revision=BEFORE)),
+        seen(DEAD_ANEW, sees(revision=BEFORE, start=TOLD)),
         9000,
         Phase.ROLLING_BACK,
         "start",
@@ -768,7 +790,7 @@ CASES = [  # (name, remediation, seen, after ms, phase, step that is asked, outc
     (
         "neither revision starts: the settings are set back",
         at(Phase.APPLYING, "reconfigure", step="start", undo=NO_WAY_BACK),
-        seen(DEAD_ANEW, sees(revision=AFTER)),
+        seen(DEAD_ANEW, sees(revision=AFTER, start=TOLD)),
         9000,
         Phase.ROLLING_BACK,
         "swap",
@@ -777,7 +799,7 @@ CASES = [  # (name, remediation, seen, after ms, phase, step that is asked, outc
     (
         "and nothing is started",
         at(Phase.ROLLING_BACK, "reconfigure", undo=NO_WAY_BACK, row={"outcome": "died_again"}),
-        seen(DEAD_ANEW, sees(revision=BEFORE)),
+        seen(DEAD_ANEW, sees(revision=BEFORE, start=TOLD)),
         1,
         Phase.FAILED,
         "",
@@ -860,7 +882,7 @@ CASES = [  # (name, remediation, seen, after ms, phase, step that is asked, outc
     (
         "taking back fails",
         at(Phase.ROLLING_BACK, "reconfigure", step="start", row={"outcome": "less_throughput"}),
-        seen(DEAD_ANEW),
+        seen(DEAD_ANEW, sees(start=TOLD)),
         1,
         Phase.FAILED,
         "",
@@ -889,7 +911,7 @@ def test_one_cycle_of_the_machine(name, before, look, after_ms, phase, asked, ou
 def test_the_first_failure_is_kept_and_that_of_the_undo_stands_beside_it():
     row = {"outcome": "died_again", "facts": {"step": "start", "detail": "first"}}
     r = at(Phase.ROLLING_BACK, "reconfigure", step="start", row=row)
-    r, _ = remediation.advance(r, seen(DEAD_ANEW), NOW + 1)
+    r, _ = remediation.advance(r, seen(DEAD_ANEW, sees(start=TOLD)), NOW + 1)
     assert (r.phase, r.outcome, r.facts["detail"]) == (Phase.FAILED, "died_again", "first")
     assert (r.facts["undo_step"], r.facts["undo_code"]) == ("start", "died_again")
 

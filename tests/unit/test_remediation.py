@@ -85,6 +85,7 @@ BLOCKED = [
     ("supervisor_unknown", {"server": server(supervisor=SupervisorPhase.UNKNOWN)}),
     ("auto_restart", {"server": server(supervisor=SupervisorPhase.AUTO_RESTART)}),
     ("end_unread", {"server": server(started_at_ms=NOW - 9000), "starts": [UNREAD]}),
+    ("end_unread", {"server": server(started_at_ms=NOW - 1000), "starts": [UNREAD]}),  # of the life before
     ("starting", {"server": server(supervisor=SupervisorPhase.ACTIVE, starting_since_ms=NOW - 1)}),
     ("starting", {"server": server(supervisor=SupervisorPhase.ACTIVATING)}),
     ("starting", {"server": server(supervisor=SupervisorPhase.DEACTIVATING)}),

@@ -80,6 +80,22 @@ STORIES = {
         SERVING,
     ),
     "time in which nobody looked is not silence": ([HEALTHY, (900, up(), UNKNOWN)], SERVING),
+    "the end of its process is down though somebody keeps silent on its port": (
+        [HEALTHY, (15, gone(), UNKNOWN)],
+        DOWN,
+    ),
+    "and stays so while they do": ([HEALTHY, (15, gone(), UNKNOWN), (16, gone(), UNKNOWN)], DOWN),
+    "and is so though it answered just before": ([HEALTHY, (15, gone(), OK), (16, gone(), UNKNOWN)], DOWN),
+    "who answers after that is serving": ([HEALTHY, (15, gone(), OK), (16, gone(), OK)], SERVING),
+    "a starting one that ends is down though somebody keeps silent on its port": (
+        [(10, up(), UNKNOWN), (11, up(), FAILING), (20, gone(), UNKNOWN)],
+        DOWN,
+    ),
+    "one look without an answer of one that runs outside its supervisor changes nothing": (
+        [(10, NEVER, OK), (11, NEVER, UNKNOWN)],
+        SERVING,
+    ),
+    "nor of one whose supervisor cannot be asked": ([HEALTHY, (15, NO_WORD, UNKNOWN)], SERVING),
     "a stop that is asked for is stopped at once": ([HEALTHY, (15, STOPPING, FAILING)], STOPPED),
     "a server that drains still serves": ([HEALTHY, (15, STOPPING, OK)], SERVING),
     "and stays so when done": ([HEALTHY, (15, gone(stop_asked=True), FAILING)], STOPPED),

@@ -142,8 +142,9 @@ def end_unread(s: Situation) -> Reason | None:
     start = s.starts[0] if s.starts else None
     if s.server is None or start is None or not s.is_dead:
         return None
-    is_open = start.ended_at_ms is None and start.began_at_ms == s.server.supervisor.started_at_ms
-    return Reason("end_unread") if is_open else None
+    started_at_ms = s.server.supervisor.started_at_ms or 0
+    is_open = start.ended_at_ms is None and start.began_at_ms == started_at_ms
+    return Reason("end_unread") if is_open or start.began_at_ms < started_at_ms else None
 
 
 def starting(s: Situation) -> Reason | None:

@@ -29,6 +29,7 @@ from gpuwatch.records import (
 )
 from gpuwatch.remediation.situation import CALLED_OFF
 from gpuwatch.remediation.steps import (
+    DIED,
     Failed,
     Look,
     Seen,
@@ -376,6 +377,8 @@ def _watched(r: Remediation, seen: Seen, now_ms: int) -> Remediation:
     """The row that says since when all is well, or what falls short: both must last to count."""
     r = dataclasses.replace(r, is_cut=r.is_cut or cuts(r, seen))
     step = present(r)
+    if step is not None and Look(step=step, remediation=r, seen=seen, now_ms=now_ms).has_died:
+        return dataclasses.replace(r, heard={DIED: str(now_ms), **r.heard})
     if r.phase is Phase.VERIFYING:
         short = _falls_short(r, seen)
         heard = {short.code: r.heard.get(short.code, str(now_ms))} if short else {}

@@ -30,8 +30,12 @@ _STEADY_MS: Final = 3_000
 _OPENED_AFTER_MS: Final = 15_000  # the stages of the door
 _NO_GUEST_AFTER_MS: Final = 10_000  # a guest that is not heard for less may have been busy
 _VERDICT_AFTER_MS: Final = 3_000  # a verdict of now was made with what was seen before
+_READ_WITHIN_MS: Final = 5_000  # what a process said last, after its end was seen
 _GRAIN_MS: Final = 100  # a tick's instant is rounded, so that a process may begin before the step that asked
 _OF_THE_PROCESS: Final = frozenset({"stop", "await_memory", "start", "canary"})
+_UNCLEAR: Final = frozenset({"", "unknown"})  # classes of failure that the rest of the log may still tell
+DIED: Final = "died_ms"
+"""What is heard of a step whose process ended: when that was seen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +107,14 @@ class Look:
         """The row of the server's last process; None where it speaks of one before that."""
         start, supervisor = self.sight.start, self.seen.server.supervisor
         return start if start and start.began_at_ms == supervisor.started_at_ms else None
+
+    @property
+    def has_died(self) -> bool:
+        """Whether the process that the step waits for has ended, and nothing will start it by itself."""
+        if self.serves or not self.is_gone:
+            return False
+        is_anew = began_anew(self.remediation, self.seen, grain_ms=0)
+        return self.step.action == "canary" or (self.step.action == "start" and is_anew)
 
     def stays(self, revision: str | None) -> bool:
         """Whether it serves and nobody stops it, with that revision; any will do for None."""
@@ -273,8 +285,22 @@ def _started(look: Look) -> Found:
         return True
     if r.phase is Phase.ROLLING_BACK and look.stays(look.step.args.get("revision")):
         return True
-    is_over = look.is_gone and began_anew(r, seen, grain_ms=0)
-    return _died(look) if is_over or _has_failed(look) else False
+    if look.has_died:
+        return _dead(look)
+    return _died_again(look, look.sight.start) if _has_failed(look) else False
+
+
+def _dead(look: Look) -> Found:
+    """A failure once the log has told of what the process died, or is not going to."""
+    start = look.start
+    is_told = start is not None and start.ended_at_ms is not None and start.failure not in _UNCLEAR
+    died_ms = int(look.remediation.heard.get(DIED, look.now_ms))
+    return _died_again(look, start) if is_told or look.now_ms - died_ms >= _READ_WITHIN_MS else False
+
+
+def _died_again(look: Look, start: ServerStart | None) -> Failed:
+    failure = start.failure if start else ""
+    return Failed.of("died_again", detail=look.seen.server.supervisor.detail, failure=failure)
 
 
 def _has_failed(look: Look) -> bool:
@@ -291,12 +317,7 @@ def _answered(look: Look) -> Found:
         return True
     if look.sight.verdict == "working" and look.age_ms >= _VERDICT_AFTER_MS:
         return True
-    return _died(look) if look.is_gone and not look.serves else False
-
-
-def _died(look: Look) -> Failed:
-    failure = look.sight.start.failure if look.sight.start else ""
-    return Failed.of("died_again", detail=look.seen.server.supervisor.detail, failure=failure)
+    return _dead(look) if look.has_died else False
 
 
 def _opened(look: Look) -> Found:

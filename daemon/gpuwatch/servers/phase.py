@@ -3,13 +3,15 @@
 Rule 1: who answers 200 is SERVING.
 Rule 2: whose stop was asked for through its supervisor is STOPPED, until a new process comes.
 Rule 3: a single look without an answer changes nothing; none for 30 s on end is a failure.
-Rule 4: who was healthy and fails is DOWN at once; that a blip raises no alarm is the alert's `for`.
+Rule 4: who was healthy and fails is DOWN at once; that a blip raises no alarm is the alert's `for`. The end
+        of its process is a failure too: who is silent on its port then is somebody else.
 Rule 5: DOWN lasts until healthy again. While a new process comes up, `starting_since_ms` says so,
         until it dies or its start is overdue.
 Rule 6: a process that was never healthy is STARTING; when it dies, or its start is overdue, it is DOWN.
 Rule 7: never healthy and no process known is UNSEEN: not ours to call down.
-Rule 8: an answer from before a process began is the answer of the one before it: else a server that was
-        replaced within a second would count as down and not as starting, and be restarted.
+Rule 8: an answer from before a process began, or was seen to have ended, is the answer of the one before:
+        else a server that was replaced within a second would count as down and not as starting, and be
+        restarted. Who answers later is SERVING, also outside its supervisor.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from gpuwatch.records import Labels, Sample, ServerPhase, ServerState, Superviso
 
 UNANSWERED_MS: Final = 30_000
 _UP: Final = frozenset({SupervisorPhase.ACTIVE, SupervisorPhase.ACTIVATING})
+_ALIVE: Final = _UP | {SupervisorPhase.DEACTIVATING}
 
 
 class Health(enum.StrEnum):
@@ -50,10 +53,11 @@ def judge(
     start_deadline_ms: int,
 ) -> ServerState:
     """The server now. `start_deadline_ms` is how long a start may take, from process to healthy."""
-    health = answer.health
-    if health is Health.OK and (supervisor.started_at_ms or 0) >= answer.asked_at_ms:
-        health = Health.UNKNOWN  # rule 8
     was = previous or ServerState(name=name, phase=ServerPhase.UNSEEN, since_ms=now_ms, seen_at_ms=now_ms)
+    ends = supervisor.has_ended and was.supervisor.phase in _ALIVE
+    health = answer.health
+    if health is Health.OK and (ends or (supervisor.started_at_ms or 0) >= answer.asked_at_ms):
+        health = Health.UNKNOWN  # rule 8
     began_ms = None if health is Health.OK else _start_began_ms(was, supervisor, now_ms)
     overdue = began_ms is not None and now_ms - began_ms >= start_deadline_ms
     unanswered_since_ms = (was.unanswered_since_ms or now_ms) if health is Health.UNKNOWN else None
@@ -62,7 +66,7 @@ def judge(
         phase, reason = ServerPhase.SERVING, ""
     elif supervisor.stop_asked:
         phase, reason = ServerPhase.STOPPED, "its supervisor was asked to stop it"
-    elif health is Health.UNKNOWN and not silent:
+    elif health is Health.UNKNOWN and not (silent or ends):
         phase, reason = was.phase, was.reason
     else:
         phase, reason = _failing(was, supervisor, starting=began_ms is not None, overdue=overdue)
