@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpuwatch.records import STALE, Labels, Mode, Phase, Plan, Remediation, Step
+from gpuwatch.records import STALE, Labels, Mode, PastStep, Phase, Plan, Remediation, Step, StepEnd
 from gpuwatch.servers.account import account
 from gpuwatch.store import Store
 
@@ -89,7 +89,7 @@ class Host:
         if values:
             self.store.append(target, self.now_ms, list(values), list(values.values()))
 
-    def account(self, began_ms, server="qwen"):
+    def account(self, began_ms, server="qwen", course=()):
         plan = Plan(
             id="GW-1",
             server=server,
@@ -102,7 +102,12 @@ class Host:
             policy="p",
         )
         ended = Remediation(
-            plan=plan, phase=Phase.SUCCEEDED, step_index=0, since_ms=self.now_ms, created_at_ms=began_ms
+            plan=plan,
+            phase=Phase.SUCCEEDED,
+            step_index=0,
+            since_ms=self.now_ms,
+            created_at_ms=began_ms,
+            course=tuple(course),
         )
         return dict(account(self.store, ended, ended_at_ms=self.now_ms))
 
@@ -214,6 +219,24 @@ def test_time_without_service_is_time_in_any_other_phase():
     began_ms = host.now_ms
     found = host.second(10).die().second(30).begin().second(20).account(began_ms)
     assert found["seconds_without_service"] == 30
+
+
+def slept(from_ms, until_ms):
+    half_ms = (from_ms + until_ms) // 2
+    spans = {"sleep": (from_ms, half_ms), "wake": (half_ms, until_ms)}
+    return [
+        PastStep(action=name, began_at_ms=begin, ended_at_ms=end, end=StepEnd.DONE)
+        for name, (begin, end) in spans.items()
+    ]
+
+
+def test_time_asleep_is_without_service_though_health_answers_and_counts_once_where_it_died_too():
+    host = Host().second(60)
+    began_ms = host.now_ms
+    its = slept(began_ms + 2500, began_ms + 9000)
+    assert host.second(10).account(began_ms, course=its)["seconds_without_service"] == 6.5
+    its = slept(began_ms + 8000, began_ms + 14_000)
+    assert host.die().second(10).account(began_ms, course=its)["seconds_without_service"] == 12
 
 
 def test_time_without_service_begins_with_the_remediation():

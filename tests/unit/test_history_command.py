@@ -160,13 +160,27 @@ def test_the_longest_step_is_told_with_how_long_it_took(gpuwatch):
     assert "longest" not in gpuwatch(history, remediations=[at_once])
 
 
-def test_a_change_of_arguments_tells_which_person_made_it_and_the_revisions(gpuwatch):
-    wished = plan(actions=RECONFIGURE, by="alice", before=3, after=4, kind=ActionClass.RECONFIGURE)
+def test_a_change_of_arguments_tells_which_person_made_it_and_why_and_the_revisions(gpuwatch):
+    wished = plan(
+        actions=RECONFIGURE,
+        alert="",
+        by="alice",
+        before=3,
+        after=4,
+        kind=ActionClass.RECONFIGURE,
+        signals={"why": "longer prompts"},
+    )
     text = gpuwatch(history, remediations=[remediation(wished, Phase.ROLLED_BACK)])
+    assert "because longer prompts · by alice" in text
     assert "reconfigure" in text
     assert "restart" not in text
     assert "alice" in text
     assert "3 → 4" in text
+
+
+def test_who_wants_a_change_without_saying_why_is_not_given_a_cause(gpuwatch):
+    row = remediation(plan(actions=RECONFIGURE, alert="", by="alice"), Phase.FAILED)
+    assert "because" not in gpuwatch(history, remediations=[row])
 
 
 def test_a_server_s_history_is_its_own_and_as_long_as_asked(gpuwatch):

@@ -66,6 +66,7 @@ def of_remediation(r: Remediation, now_ms: int) -> Seen:
         "actions": list(plan.actions),
         "kind": str(plan.kind),
         "alert": plan.alert,
+        "why": plan.signals.get("why", ""),
         "labels": dict(plan.alert_labels),
         "by": plan.by or "gpuwatch",
         "approved_by": r.facts.get("approved_by", ""),
@@ -124,7 +125,8 @@ def _ending(one: Seen, lang: str) -> str:
 
 def circumstances(one: Seen, lang: str) -> Iterator[Row]:
     """Why, by whom, how long, between which revisions, and what became of a problem left alone."""
-    yield label("because", lang), one["alert"]
+    if cause := one["alert"] or one["why"]:
+        yield label("because", lang), cause
     yield label("by", lang), ", ".join(dict.fromkeys(x for x in (one["by"], one["approved_by"]) if x))
     yield label("mode", lang), words(f"mode.{one['mode']}", lang)
     if one["step"]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from gpuwatch.promql import Querier, Series
-    from gpuwatch.records import Remediation
+    from gpuwatch.records import PastStep, Remediation
 
 _BASE_MS: Final = 60_000  # how far back the value is looked for that a counter had at the beginning
 _BEFORE_MS: Final = 300_000  # the same, of a server that may be down since a while
@@ -46,7 +46,7 @@ def account(querier: Querier, remediation: Remediation, *, ended_at_ms: int) -> 
     before = Look(querier, remediation.plan.server, began_ms, 0)
     known = {
         **_requests(look, began_ms),
-        "seconds_without_service": _seconds_without_service(look, began_ms),
+        "seconds_without_service": _seconds_without_service(look, began_ms, _asleep(remediation)),
         "memory_before_bytes": _memory_bytes(_as_read_last(before, HELD)),
         "memory_after_bytes": _memory_bytes(look),
         "tokens_per_s_before": _tokens_per_s(_as_read_last(before, TOKENS)),
@@ -143,19 +143,29 @@ def _increase(span: _Span, found: Sequence[Series], page: Sequence[Series]) -> f
 # -- service, memory, throughput -------------------------------------------------------------------------
 
 
-def _seconds_without_service(look: Look, began_ms: int) -> float | None:
-    """How long the server was in another phase than `serving`; what nobody watched counts if it ended so."""
+def _asleep(remediation: Remediation) -> Sequence[PastStep]:
+    """The steps that put the server to sleep and wake it; it serves nobody, though `/health` answers 200."""
+    return [past for past in remediation.course if past.action in {"sleep", "wake"}]
+
+
+def _seconds_without_service(look: Look, began_ms: int, asleep: Sequence[PastStep]) -> float | None:
+    """How long the server slept or was in another phase than `serving`; both at once count once.
+
+    Time that nobody watched counts if it ended without service.
+    """
     span_ms = look.now_ms - began_ms + _GAP_MS
     serving = look.at("server_phase", span_ms, Matcher("phase", "=", "serving"))
     samples = sorted(sample for series in serving for sample in finite(series))
     if not samples:
         return None
     lasting = [*samples, (look.now_ms, samples[-1][1])]
-    without_ms = sum(
-        max(0, until_ms - max(from_ms, began_ms))
-        for (from_ms, is_serving), (until_ms, then) in pairwise(lasting)
-        if not is_serving and (until_ms - from_ms <= _GAP_MS or not then)
-    )
+    without_ms = 0
+    for (from_ms, is_serving), (until_ms, then) in pairwise(lasting):
+        if is_serving:
+            spans = [(max(from_ms, past.began_at_ms), min(until_ms, past.ended_at_ms)) for past in asleep]
+        else:
+            spans = [(from_ms, until_ms)] if until_ms - from_ms <= _GAP_MS or not then else []
+        without_ms += sum(max(0, until - max(begin, began_ms)) for begin, until in spans)
     return without_ms / 1000
 
 
