@@ -133,7 +133,7 @@ class Load:
             if json.loads(said.removeprefix(b"data: "))["usage"]["completion_tokens"] == self.tokens:
                 self.whole += 1
                 return True
-        except (requests.RequestException, LookupError, TypeError) as error:
+        except (requests.RequestException, LookupError, TypeError, ValueError) as error:
             said = repr(error).encode()
         self.lost.append(f"{answer.status_code} {said[:200]}")
         return True

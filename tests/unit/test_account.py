@@ -221,12 +221,14 @@ def test_time_without_service_is_time_in_any_other_phase():
     assert found["seconds_without_service"] == 30
 
 
-def slept(from_ms, until_ms):
+def slept(from_ms, until_ms, end=StepEnd.DONE):
     half_ms = (from_ms + until_ms) // 2
     spans = {"sleep": (from_ms, half_ms), "wake": (half_ms, until_ms)}
     return [
-        PastStep(action=name, began_at_ms=begin, ended_at_ms=end, end=StepEnd.DONE)
-        for name, (begin, end) in spans.items()
+        PastStep(
+            action=name, began_at_ms=begin, ended_at_ms=over, end=end if name == "sleep" else StepEnd.DONE
+        )
+        for name, (begin, over) in spans.items()
     ]
 
 
@@ -237,6 +239,13 @@ def test_time_asleep_is_without_service_though_health_answers_and_counts_once_wh
     assert host.second(10).account(began_ms, course=its)["seconds_without_service"] == 6.5
     its = slept(began_ms + 8000, began_ms + 14_000)
     assert host.die().second(10).account(began_ms, course=its)["seconds_without_service"] == 12
+
+
+def test_a_server_that_could_not_be_put_to_sleep_served():
+    host = Host().second(60)
+    began_ms = host.now_ms
+    its = slept(began_ms + 2500, began_ms + 9000, StepEnd.LATE)
+    assert host.second(10).account(began_ms, course=its)["seconds_without_service"] == 0
 
 
 def test_time_without_service_begins_with_the_remediation():

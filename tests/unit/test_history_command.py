@@ -178,6 +178,13 @@ def test_a_change_of_arguments_tells_which_person_made_it_and_why_and_the_revisi
     assert "3 → 4" in text
 
 
+def test_a_person_s_reason_is_told_once_and_in_one_line(gpuwatch):
+    wished = plan(actions=RECONFIGURE, alert="", by="alice", signals={"why": "longer\nprompts"})
+    found = cells(gpuwatch(why, "GW-AAAAAA", remediations=[remediation(wished)]))
+    assert found["because"] == ["longer prompts"]
+    assert not {"alert", "seen"} & found.keys()
+
+
 def test_who_wants_a_change_without_saying_why_is_not_given_a_cause(gpuwatch):
     row = remediation(plan(actions=RECONFIGURE, alert="", by="alice"), Phase.FAILED)
     assert "because" not in gpuwatch(history, remediations=[row])

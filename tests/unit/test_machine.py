@@ -151,7 +151,9 @@ def test_a_reconfiguration_without_both_revisions_cannot_be_made():
 
 ANEW = server(ServerPhase.SERVING, SupervisorPhase.ACTIVE, started_at_ms=NOW + 1)
 DEAD_ANEW = server(supervisor=SupervisorPhase.FAILED, started_at_ms=NOW + 1)
-TOLD = life(NOW + 1, ended_at_ms=NOW + 2, failure="kv_cache_too_small")
+DEAD_WITHIN_GRAIN = server(supervisor=SupervisorPhase.FAILED, started_at_ms=NOW - 60)
+AS_TOLD = {"ended_at_ms": NOW + 2, "failure": "kv_cache_too_small"}
+TOLD = life(NOW + 1, **AS_TOLD)
 UNTOLD = life(NOW + 1, ended_at_ms=NOW + 2, failure="unknown")
 SAID_OF_BEFORE = life(NOW - MINUTE, ended_at_ms=NOW - SECOND, failure="runtime_oom")
 COMING_AGAIN = server(supervisor=SupervisorPhase.AUTO_RESTART, started_at_ms=NOW + 1)
@@ -241,6 +243,7 @@ JUDGED = [
     ("start", {}, DEAD_ANEW, sees(start=life(NOW + 1)), 4, GONE, False),  # its end is not read
     ("start", {}, DEAD_ANEW, sees(), 5, GONE, "died_again"),
     ("start", {}, COMING_AGAIN, sees(), 5, {}, False),
+    ("start", {}, DEAD_WITHIN_GRAIN, sees(start=life(NOW - 60, **AS_TOLD)), 5, {}, "died_again"),
     ("start", {}, server(), sees(), 60, {}, "step_late"),
     ("start", {}, serving(), sees(), 5, {"phase": UNDONE}, True),
     ("start", {}, STOPPING, sees(), 5, {"phase": UNDONE}, False),
@@ -333,6 +336,17 @@ def test_a_process_that_died_again_and_never_says_of_what_is_waited_for_five_sec
         outcomes.append(r.outcome)
     assert outcomes == [""] * 5 + ["died_again"]
     assert r.facts["failure"] == ""
+
+
+def test_a_process_that_dies_once_more_in_the_same_step_is_waited_for_anew():
+    r = at(Phase.APPLYING, step="canary")
+    r, _ = remediation.advance(r, seen(DEAD_ANEW, sees(start=UNTOLD)), NOW + SECOND)
+    assert r.heard == {"died_ms": str(NOW + SECOND)}
+    coming = server(supervisor=SupervisorPhase.ACTIVE, started_at_ms=NOW + 2)
+    r, _ = remediation.advance(r, seen(coming), NOW + 3 * SECOND)
+    assert r.heard == {}
+    r, _ = remediation.advance(r, seen(DEAD_ANEW, sees(start=UNTOLD)), NOW + 9 * SECOND)
+    assert (r.outcome, r.heard) == ("", {"died_ms": str(NOW + 9 * SECOND)})
 
 
 # -- one cycle of the machine ----------------------------------------------------------------------------

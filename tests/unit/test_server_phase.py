@@ -123,6 +123,37 @@ def test_phase(looks, phase):
     assert after(*looks).phase is phase
 
 
+def looked(was, *, supervisor, health, asked_s, now_s):
+    """The state after one look at an answer that was asked for earlier."""
+    return judge(
+        was,
+        name="qwen",
+        supervisor=supervisor,
+        answer=HealthAnswer(health, int(asked_s * 1000)),
+        now_ms=int(now_s * 1000),
+        start_deadline_ms=DEADLINE_MS,
+    )
+
+
+@pytest.mark.parametrize("stop_asked", [False, True])
+def test_the_last_answer_of_a_process_that_ended_does_not_bring_it_back(stop_asked):
+    server, over = after(HEALTHY), gone(stop_asked=stop_asked)
+    for now_s in (11, 12, 13):  # the next question hangs for ten seconds
+        server = looked(server, supervisor=over, health=OK, asked_s=10.9, now_s=now_s)
+        assert server.phase is (STOPPED if stop_asked else DOWN)
+    server = looked(server, supervisor=NEVER, health=OK, asked_s=10.9, now_s=14)
+    assert server.phase is (STOPPED if stop_asked else DOWN)
+    server = looked(server, supervisor=over, health=OK, asked_s=14.9, now_s=15)
+    assert server.phase is SERVING
+
+
+def test_what_a_supervisor_said_long_ago_is_no_end_seen_now():
+    """gpuwatch was off, the unit ended, and a person runs the server by hand."""
+    was = after(HEALTHY)
+    assert looked(was, supervisor=gone(), health=UNKNOWN, asked_s=900, now_s=900).phase is SERVING
+    assert looked(was, supervisor=gone(), health=OK, asked_s=900, now_s=900).phase is SERVING
+
+
 STARTS = {
     "a starting one has a start": ([(10, up(4), FAILING)], 4_000),
     "none once it serves": ([(10, up(4), FAILING), (20, up(4), OK)], None),

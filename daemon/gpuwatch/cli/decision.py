@@ -160,8 +160,13 @@ def _refused_rows(one: Seen, lang: str) -> Iterator[Row]:
 
 def _seen_rows(one: Seen, lang: str) -> Iterator[Row]:
     """The alert, what else was seen, what was considered, and the blockers that were asked."""
-    yield label("alert", lang), one["alert"] + str(Labels(one["labels"].items()).without("alertname") or "")
-    for name, value in _in_one_language(one["signals"], lang).items():
+    signals = dict(_in_one_language(one["signals"], lang))
+    if one["alert"]:
+        labels = str(Labels(one["labels"].items()).without("alertname") or "")
+        yield label("alert", lang), one["alert"] + labels
+    else:
+        signals.pop("why", None)  # stands above, as the cause
+    for name, value in signals.items():
         yield label("seen", lang), _signal(name, value, lang)
     options = [each for each in one["considered"] if not each["option"].startswith(_BLOCKER)]
     blockers = [each for each in one["considered"] if each["option"].startswith(_BLOCKER)]

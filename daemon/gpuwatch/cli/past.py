@@ -126,7 +126,7 @@ def _ending(one: Seen, lang: str) -> str:
 def circumstances(one: Seen, lang: str) -> Iterator[Row]:
     """Why, by whom, how long, between which revisions, and what became of a problem left alone."""
     if cause := one["alert"] or one["why"]:
-        yield label("because", lang), cause
+        yield label("because", lang), " ".join(cause.split())
     yield label("by", lang), ", ".join(dict.fromkeys(x for x in (one["by"], one["approved_by"]) if x))
     yield label("mode", lang), words(f"mode.{one['mode']}", lang)
     if one["step"]:

@@ -374,11 +374,13 @@ def _moved(r: Remediation, move: _Move, now_ms: int) -> Remediation:
 
 
 def _watched(r: Remediation, seen: Seen, now_ms: int) -> Remediation:
-    """The row that says since when all is well, or what falls short: both must last to count."""
+    """The row that says since when all is well, what falls short, or its process is gone: each must last."""
     r = dataclasses.replace(r, is_cut=r.is_cut or cuts(r, seen))
     step = present(r)
     if step is not None and Look(step=step, remediation=r, seen=seen, now_ms=now_ms).has_died:
         return dataclasses.replace(r, heard={DIED: str(now_ms), **r.heard})
+    if DIED in r.heard:
+        r = dataclasses.replace(r, heard={name: said for name, said in r.heard.items() if name != DIED})
     if r.phase is Phase.VERIFYING:
         short = _falls_short(r, seen)
         heard = {short.code: r.heard.get(short.code, str(now_ms))} if short else {}

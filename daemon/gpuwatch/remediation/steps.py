@@ -33,7 +33,9 @@ _VERDICT_AFTER_MS: Final = 3_000  # a verdict of now was made with what was seen
 _READ_WITHIN_MS: Final = 5_000  # what a process said last, after its end was seen
 _GRAIN_MS: Final = 100  # a tick's instant is rounded, so that a process may begin before the step that asked
 _OF_THE_PROCESS: Final = frozenset({"stop", "await_memory", "start", "canary"})
-_UNCLEAR: Final = frozenset({"", "unknown"})  # classes of failure that the rest of the log may still tell
+_UNCLEAR: Final = frozenset(
+    {"", "unknown", "process_died"}
+)  # classes that the rest of the log may yet better
 DIED: Final = "died_ms"
 """What is heard of a step whose process ended: when that was seen."""
 
@@ -113,7 +115,7 @@ class Look:
         """Whether the process that the step waits for has ended, and nothing will start it by itself."""
         if self.serves or not self.is_gone:
             return False
-        is_anew = began_anew(self.remediation, self.seen, grain_ms=0)
+        is_anew = began_anew(self.remediation, self.seen)
         return self.step.action == "canary" or (self.step.action == "start" and is_anew)
 
     def stays(self, revision: str | None) -> bool:
@@ -160,10 +162,10 @@ def present(r: Remediation) -> Step | None:
     return steps[r.step_index] if r.step_index < len(steps) else None
 
 
-def began_anew(r: Remediation, seen: Seen, *, grain_ms: int = _GRAIN_MS) -> bool:
+def began_anew(r: Remediation, seen: Seen) -> bool:
     """Whether a process of the server began since the present step did."""
     started_at_ms = seen.server.supervisor.started_at_ms
-    return started_at_ms is not None and started_at_ms >= r.since_ms - grain_ms
+    return started_at_ms is not None and started_at_ms >= r.since_ms - _GRAIN_MS
 
 
 def cuts(r: Remediation, seen: Seen) -> bool:
@@ -306,7 +308,7 @@ def _died_again(look: Look, start: ServerStart | None) -> Failed:
 def _has_failed(look: Look) -> bool:
     """Whether a start since then failed, though its supervisor may be about to try the same once more."""
     start = look.sight.start
-    is_new = start is not None and start.began_at_ms >= look.remediation.since_ms
+    is_new = start is not None and start.began_at_ms >= look.remediation.since_ms - _GRAIN_MS
     return is_new and start is not None and start.outcome is StartOutcome.FAILED and not look.serves
 
 

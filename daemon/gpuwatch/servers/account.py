@@ -10,10 +10,11 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import dropwhile, pairwise
 from typing import TYPE_CHECKING, Final
 
 from gpuwatch.promql import Matcher
+from gpuwatch.records import StepEnd
 from gpuwatch.servers.look import HELD, RUNNING, TOKENS, WAITING, Look, finite, is_fresh, last, present, rate
 
 if TYPE_CHECKING:
@@ -144,8 +145,9 @@ def _increase(span: _Span, found: Sequence[Series], page: Sequence[Series]) -> f
 
 
 def _asleep(remediation: Remediation) -> Sequence[PastStep]:
-    """The steps that put the server to sleep and wake it; it serves nobody, though `/health` answers 200."""
-    return [past for past in remediation.course if past.action in {"sleep", "wake"}]
+    """From when the server was put to sleep to its waking: it serves nobody, though `/health` says 200."""
+    since = dropwhile(lambda past: (past.action, past.end) != ("sleep", StepEnd.DONE), remediation.course)
+    return [past for past in since if past.action in {"sleep", "wake"}]
 
 
 def _seconds_without_service(look: Look, began_ms: int, asleep: Sequence[PastStep]) -> float | None:

@@ -54,9 +54,10 @@ def judge(
 ) -> ServerState:
     """The server now. `start_deadline_ms` is how long a start may take, from process to healthy."""
     was = previous or ServerState(name=name, phase=ServerPhase.UNSEEN, since_ms=now_ms, seen_at_ms=now_ms)
-    ends = supervisor.has_ended and was.supervisor.phase in _ALIVE
+    is_news = now_ms - was.seen_at_ms < UNANSWERED_MS
+    ends = supervisor.has_ended and was.supervisor.phase in _ALIVE and is_news
     health = answer.health
-    if health is Health.OK and (ends or (supervisor.started_at_ms or 0) >= answer.asked_at_ms):
+    if health is Health.OK and (ends or answer.asked_at_ms <= _past_until_ms(was, supervisor)):
         health = Health.UNKNOWN  # rule 8
     began_ms = None if health is Health.OK else _start_began_ms(was, supervisor, now_ms)
     overdue = began_ms is not None and now_ms - began_ms >= start_deadline_ms
@@ -102,6 +103,12 @@ def samples(state: ServerState) -> list[Sample]:
         began_s = state.starting_since_ms / 1000
         made.append(Sample(Labels.of("server_start_time_seconds", server=state.name), at_ms, began_s))
     return made
+
+
+def _past_until_ms(was: ServerState, supervisor: SupervisorState) -> int:
+    """Until when answers are those of a process that is no more: it was replaced, or its end was seen."""
+    is_over = supervisor.has_ended and was.phase in {ServerPhase.DOWN, ServerPhase.STOPPED}
+    return max(supervisor.started_at_ms or 0, was.since_ms if is_over else 0)
 
 
 def _start_began_ms(was: ServerState, supervisor: SupervisorState, now_ms: int) -> int | None:
