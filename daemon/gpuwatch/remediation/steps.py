@@ -33,9 +33,7 @@ _VERDICT_AFTER_MS: Final = 3_000  # a verdict of now was made with what was seen
 _READ_WITHIN_MS: Final = 5_000  # what a process said last, after its end was seen
 _GRAIN_MS: Final = 100  # a tick's instant is rounded, so that a process may begin before the step that asked
 _OF_THE_PROCESS: Final = frozenset({"stop", "await_memory", "start", "canary"})
-_UNCLEAR: Final = frozenset(
-    {"", "unknown", "process_died"}
-)  # classes that the rest of the log may yet better
+_UNCLEAR: Final = frozenset({"", "unknown", "process_died"})  # the rest of the log may say it better
 DIED: Final = "died_ms"
 """What is heard of a step whose process ended: when that was seen."""
 

@@ -54,8 +54,7 @@ def judge(
 ) -> ServerState:
     """The server now. `start_deadline_ms` is how long a start may take, from process to healthy."""
     was = previous or ServerState(name=name, phase=ServerPhase.UNSEEN, since_ms=now_ms, seen_at_ms=now_ms)
-    is_news = now_ms - was.seen_at_ms < UNANSWERED_MS
-    ends = supervisor.has_ended and was.supervisor.phase in _ALIVE and is_news
+    ends = _ends(was, supervisor, now_ms)
     health = answer.health
     if health is Health.OK and (ends or answer.asked_at_ms <= _past_until_ms(was, supervisor)):
         health = Health.UNKNOWN  # rule 8
@@ -103,6 +102,12 @@ def samples(state: ServerState) -> list[Sample]:
         began_s = state.starting_since_ms / 1000
         made.append(Sample(Labels.of("server_start_time_seconds", server=state.name), at_ms, began_s))
     return made
+
+
+def _ends(was: ServerState, supervisor: SupervisorState, now_ms: int) -> bool:
+    """Whether its process was there at the last look and is gone; a look of long ago tells nothing."""
+    is_recent = now_ms - was.seen_at_ms < UNANSWERED_MS
+    return supervisor.has_ended and was.supervisor.phase in _ALIVE and is_recent
 
 
 def _past_until_ms(was: ServerState, supervisor: SupervisorState) -> int:
