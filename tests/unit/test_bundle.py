@@ -151,12 +151,12 @@ def host(tmp_path, program):
     sleeper = [sys.executable, "-c", "import time; time.sleep(1000)", "--api-key", SECRETS[15]]
     quiet = "stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL"
     program.do(f"import subprocess; c = subprocess.Popen({sleeper!r}, {quiet})")
-    found = list(telemetry())
-    with closing(Store(3_600_000, Disk(state, StoreSettings(min_free=Size(0)), "gpu-a", NOW_MS))) as store:
-        for at_ms in range(NOW_MS - 20 * MINUTE, NOW_MS, 10_000):
+    found, now_ms = list(telemetry()), SystemClock().now_ms()
+    with closing(Store(3_600_000, Disk(state, StoreSettings(min_free=Size(0)), "gpu-a", now_ms))) as store:
+        for at_ms in range(now_ms - 20 * MINUTE, now_ms, 10_000):
             store.append("t", at_ms, [labels for labels, _ in found], [value for _, value in found])
-        store.append("t", NOW_MS - 1, [found[0][0]], [STALE])
-        store.save(rows(program.pid), NOW_MS)
+        store.append("t", now_ms - 1, [found[0][0]], [STALE])
+        store.save(rows(program.pid), now_ms)
     yield tmp_path
     program.do("c.kill(); c.wait()")
 

@@ -190,6 +190,9 @@ def test_closing_does_not_wait_for_ever(stuck, monkeypatch, caplog):
     assert disk.asked.wait(30)
     store.close()
     assert "does not answer; what is not saved is lost" in caplog.text
+    disk.let_go.set()  # it may answer before the process ends
+    store._writer._thread.join(30)
+    assert "internal error" not in caplog.text
 
 
 def test_wishes_that_come_while_the_disk_is_slow_do_not_undo_what_the_daemon_sets(stuck, tmp_path):

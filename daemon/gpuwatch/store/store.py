@@ -74,10 +74,13 @@ class Store(Rows):
             self._writer.start()
 
     def close(self) -> None:
-        """Write what is held and close the files; twice is once."""
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.close()
+        """Write what is held and close the files; twice is once.
+
+        Where the disk is silent all stays open: the thread that waits for it has the rows in hand.
+        """
+        if self._writer is not None and not self._writer.close():
+            return
+        self._writer = None
         super().close()
 
     # -- samples ---------------------------------------------------------------------------------

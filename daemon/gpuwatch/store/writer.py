@@ -115,17 +115,18 @@ class Writer:
                 log.warning("%s", note)
             self.disk.notes.clear()
 
-    def close(self) -> None:
-        """Write what is held, as far as that is possible, and close the files."""
+    def close(self) -> bool:
+        """Write what is held, as far as that is possible, and close the files; False if the disk is silent."""
         self._closing = True
         if self._thread is not None:
             self._wake.set()
             self._thread.join(_CLOSE_S)
             if self._thread.is_alive():
                 log.warning("the disk of %s does not answer; what is not saved is lost", self.disk.folder)
-                return
+                return False
         self.flush()
         self.disk.close()
+        return True
 
     def _work(self) -> None:
         while not self._closing:
