@@ -116,7 +116,7 @@ class Writer:
             self.disk.notes.clear()
 
     def close(self) -> bool:
-        """Write what is held, as far as that is possible, and close the files; False if the disk is silent."""
+        """Write what is held, as far as that can be, and close the files; False where the disk is silent."""
         self._closing = True
         if self._thread is not None:
             self._wake.set()
