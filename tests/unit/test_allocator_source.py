@@ -1,5 +1,6 @@
 """What is told of an allocator with graphs, sleep mode, expandable segments; what becomes of an OOM."""
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -441,11 +442,12 @@ def test_what_is_left_under_the_name_of_a_claimed_file_must_be_one(tmp_path):
 def test_folders_in_the_place_of_files_cost_no_descriptor(tmp_path):
     source = AllocatorSource(tmp_path, FakeNvml())
     source.read(0)
+    gc.collect()  # what other tests left open is not closed while it is counted
     before = len(list(Path("/proc/self/fd").iterdir()))
     for now_ms in range(1, 20):
         (tmp_path / "77.oom").mkdir()
         source.read(now_ms)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
 def test_the_guest_writes_when_it_happened(tmp_path):
