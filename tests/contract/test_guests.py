@@ -284,7 +284,7 @@ def test_a_stopped_process_is_passed_over_and_is_back_when_it_goes_on(tmp_path):
     with Program(tmp_path, WITH_TORCH) as program:
         program.do("torch.cuda.allocate(1, 30 * 2**20)")
         program.ask()
-        source = source_of(tmp_path, within_s=0.3)
+        source = source_of(tmp_path, within_s=3)
         program.stop()
         assert read(source) == {}
         program.process.send_signal(signal.SIGCONT)

@@ -1,5 +1,6 @@
 """What every supervisor keeps to, tried on real processes; systemd's is tried in the acceptance box."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -134,7 +135,8 @@ class Host:
 
     def clean_up(self):
         for pid in self.members():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not self.members())
 
 

@@ -17,6 +17,7 @@ from gpuwatch.errors import StoreError
 
 RECORDING = Path(__file__).parents[1] / "recordings" / "h200-vllm024-incidents.jsonl.xz"
 START_S = 1795177020.79
+DOWN_MS = int((START_S + 340) * 1000)  # from 334 s on its server is down for good
 
 
 def gpuwatch(*words, ok=True):
@@ -84,18 +85,27 @@ def test_check_shows_the_settings_in_force(tmp_path):
 
 @pytest.fixture
 def played(tmp_path):
-    """A state folder in which the first 300 s of the recording were played by a real daemon, then stopped."""
+    """A state folder in which a real daemon played the recording until its server was down for good."""
     settings = tmp_path / "g.yaml"
     settings.write_text(f"state_dir: {tmp_path}\n")
     run = [sys.executable, "-m", "gpuwatch", "run", "--config", settings, "--recording", RECORDING]
     daemon = subprocess.Popen([*run, "--speed", "60", "--log-level", "error"])
     deadline = time.monotonic() + 40
-    while not (fired := firing(tmp_path)) and time.monotonic() < deadline:
+    while last_tick_ms(tmp_path) < DOWN_MS and time.monotonic() < deadline:
         time.sleep(0.05)
+    fired = firing(tmp_path)
     daemon.send_signal(signal.SIGTERM)
     assert daemon.wait(20) == 0
     assert fired, "VLLMDown never fired"
     return settings
+
+
+def last_tick_ms(folder):
+    try:
+        with store.open_read_only(folder) as view:
+            return view.last_tick_ms() or 0
+    except StoreError:  # the daemon has not made it yet
+        return 0
 
 
 def firing(folder):
@@ -152,13 +162,15 @@ def test_a_running_daemon_has_loaded_nothing_that_only_commands_need(tmp_path):
     environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}  # it outlives the exec of the daemon
     daemon = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, env=environment)
     try:
-        time.sleep(3)
+        deadline = time.monotonic() + 40
+        while not last_tick_ms(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(2)  # of its work
         mapped = Path(f"/proc/{daemon.pid}/maps").read_text()
     finally:
         daemon.terminate()
         said = daemon.communicate(timeout=20)[1]
-    with store.open_read_only(tmp_path) as view:
-        assert view.last_tick_ms()
+    assert last_tick_ms(tmp_path)
     imported = {line.rpartition("|")[2].strip() for line in said.splitlines() if line.startswith("import")}
     assert "sqlite3" in mapped
     assert {"gpuwatch.service", "gpuwatch.store.disk"} <= imported

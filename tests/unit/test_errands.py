@@ -16,6 +16,7 @@ from gpuwatch.servers import session
 from gpuwatch.servers.errands import Errands
 
 ENV = {"PATH": os.environ["PATH"]}
+KEY = f"a{os.getpid()}"  # an errand is found host-wide by it
 RUNNING, DONE, FAILED = ErrandPhase.RUNNING, ErrandPhase.DONE, ErrandPhase.FAILED
 
 
@@ -28,12 +29,12 @@ def errands(tmp_path):
     wait_for(lambda: not made._shells or (made.look(1 << 60) and not made._shells))
 
 
-def begin(errands, script, key="a", within_ms=60_000, now_ms=1000, env=ENV):
+def begin(errands, script, key=KEY, within_ms=60_000, now_ms=1000, env=ENV):
     command = ["sh", "-c", script, "sh"]
     errands.begin(key, command, within_ms=within_ms, env=env, now_ms=now_ms)
 
 
-def ended(errands, key="a", now_ms=2000):
+def ended(errands, key=KEY, now_ms=2000):
     return wait_for(lambda: (e := errands.look(now_ms)[key]).phase is not RUNNING and e)
 
 
@@ -92,7 +93,7 @@ def test_its_environment_is_what_was_given_and_a_mark(errands):
         "env | grep -v -e ^PWD= -e ^_= -e ^SHLVL= -e ^OLDPWD= | sort | tr '\\n' ' '",
         env={**ENV, "A": "b c"},
     )
-    assert ended(errands).detail == f"A=b c GPUWATCH_ERRAND=a PATH={ENV['PATH']}"
+    assert ended(errands).detail == f"A=b c GPUWATCH_ERRAND={KEY} PATH={ENV['PATH']}"
 
 
 def test_begun_again_and_again_it_runs_once(errands, tmp_path):
@@ -111,9 +112,9 @@ def test_what_was_asked_but_not_started_is_started_by_the_next_call(errands, tmp
     begin(errands, "echo fine")
     ended(errands)
     for name in ("leader", "status", "status.new", "out"):
-        (errands.folder / "a" / name).unlink()
+        (errands.folder / KEY / name).unlink()
     after = Errands(folder=errands.folder)
-    assert after.look(2000)["a"].phase is RUNNING
+    assert after.look(2000)[KEY].phase is RUNNING
     begin(after, "echo something else", now_ms=5000)
     assert ended(after).detail == "fine", "what was asked first is what runs"
     assert ended(after).began_at_ms == 1000
@@ -139,23 +140,24 @@ def spawn(*args):
     os.kill(os.getpid(), 9)
 session.spawn = spawn
 made = errands.Errands(folder=Path(sys.argv[1]))
-made.begin("a", ["sh", "-c", sys.argv[3]], within_ms=60_000, env={"PATH": os.environ["PATH"]}, now_ms=1000)
+path = {"PATH": os.environ["PATH"]}
+made.begin(sys.argv[4], ["sh", "-c", sys.argv[3]], within_ms=60_000, env=path, now_ms=1000)
 """
 
 
 @pytest.mark.parametrize("at", ["before", "after"])
 def test_a_daemon_that_is_killed_while_it_begins_runs_it_once(errands, tmp_path, at):
     script = f"echo x >>{tmp_path}/ran; sleep 0.2; echo end"
-    command = [sys.executable, "-c", KILLED, str(errands.folder), at, script]
+    command = [sys.executable, "-c", KILLED, str(errands.folder), at, script, KEY]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT / "daemon")}, check=False)
     assert done.returncode == -signal.SIGKILL
     for _ in range(5):
-        errands.begin("a", ["sh", "-c", script], within_ms=60_000, env=ENV, now_ms=1500)
+        errands.begin(KEY, ["sh", "-c", script], within_ms=60_000, env=ENV, now_ms=1500)
     assert ended(errands).detail == "end"
     assert (tmp_path / "ran").read_text() == "x\n"
 
 
-def members(folder, key="a"):
+def members(folder, key=KEY):
     leader = wait_for(lambda: session.find("GPUWATCH_ERRAND", key))
     return session.members(leader)
 
@@ -163,11 +165,11 @@ def members(folder, key="a"):
 def test_one_that_is_late_is_ended_with_all_that_it_started_by_whoever_looks(errands):
     begin(errands, "sleep 1000 & (sleep 1000; echo) & wait", within_ms=5000)
     pids = wait_for(lambda: len(found := members(errands)) >= 4 and found)
-    assert errands.look(5999)["a"].phase is RUNNING
+    assert errands.look(5999)[KEY].phase is RUNNING
     errand = ended(Errands(folder=errands.folder), now_ms=6000)
     assert (errand.phase, errand.detail) == (FAILED, "not done within 5 s")
     wait_for(lambda: not set(pids) & alive())
-    assert Errands(folder=errands.folder).look(9999)["a"] == errand
+    assert Errands(folder=errands.folder).look(9999)[KEY] == errand
 
 
 def alive():
@@ -182,50 +184,50 @@ def test_one_that_was_killed_is_told_as_gone_and_not_begun_again(errands, tmp_pa
     errand = ended(errands)
     assert (errand.phase, errand.detail.partition(":")[0]) == (FAILED, "it ended without a status")
     begin(errands, f"echo x >>{tmp_path}/ran")
-    assert Errands(folder=errands.folder).look(2000)["a"].phase is FAILED
+    assert Errands(folder=errands.folder).look(2000)[KEY].phase is FAILED
     assert (tmp_path / "ran").read_text() == "x\n"
 
 
 def test_one_of_an_earlier_boot_is_gone(errands):
     begin(errands, "echo fine")
     ended(errands)
-    home = errands.folder / "a"
+    home = errands.folder / KEY
     (home / "status").unlink()
     leader = home / "leader"
     text = leader.read_text().replace(leader.read_text().split("\n")[1], "00000000-another-boot")
     leader.unlink()
     leader.write_text(text)
-    assert Errands(folder=errands.folder).look(2000)["a"].phase is FAILED
+    assert Errands(folder=errands.folder).look(2000)[KEY].phase is FAILED
 
 
 def test_one_that_nobody_could_start_in_time_has_failed_and_is_started_no_more(errands):
     begin(errands, "echo fine")
     ended(errands)
     for name in ("leader", "status", "out"):
-        (errands.folder / "a" / name).unlink()
+        (errands.folder / KEY / name).unlink()
     after = Errands(folder=errands.folder)
     begin(after, "echo fine", now_ms=99_000)
-    assert after.look(99_000)["a"].detail == "not done within 60 s"
-    assert not (errands.folder / "a" / "leader").exists()
+    assert after.look(99_000)[KEY].detail == "not done within 60 s"
+    assert not (errands.folder / KEY / "leader").exists()
 
 
 def test_one_that_prints_without_end_is_ended(errands):
     begin(errands, "yes")
     assert ended(errands).detail == "it printed more than 16 MiB"
-    wait_for(lambda: session.find("GPUWATCH_ERRAND", "a") is None)
-    assert (errands.folder / "a" / "out").stat().st_size < 2**31
+    wait_for(lambda: session.find("GPUWATCH_ERRAND", KEY) is None)
+    assert (errands.folder / KEY / "out").stat().st_size < 2**31
 
 
 def test_it_outlives_who_began_it(errands, tmp_path):
     script = f"sleep 0.3; echo alive >{tmp_path}/ran"
     source = KILLED.replace("session.spawn = spawn", "")
     done = subprocess.run(
-        [sys.executable, "-c", source, str(errands.folder), "", script],
+        [sys.executable, "-c", source, str(errands.folder), "", script, KEY],
         env={**os.environ, "PYTHONPATH": str(ROOT / "daemon")},
         check=False,
     )
     assert done.returncode == 0
-    assert errands.look(2000)["a"].phase in {RUNNING, DONE}
+    assert errands.look(2000)[KEY].phase in {RUNNING, DONE}
     assert ended(errands).phase is DONE
     assert (tmp_path / "ran").read_text() == "alive\n"
 

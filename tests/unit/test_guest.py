@@ -220,9 +220,8 @@ def test_what_torch_raises_is_its_own_even_where_nothing_can_be_written(tmp_path
 def test_the_observer_is_attached_once_also_over_a_fork(tmp_path):
     with Program(tmp_path, WITH_TORCH) as program:
         with_observer(program)
-        program.do(
-            "import time; child = os.fork() or (time.sleep(3), print(len(torch.observers)), os._exit(0))"
-        )
+        said = "print(len(torch.observers), flush=True)"
+        program.do(f"import time; child = os.fork() or (time.sleep(3), {said}, os._exit(0))")
         assert "1" in program.do("os.waitpid(child, 0)")
 
 

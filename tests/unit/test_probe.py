@@ -16,6 +16,7 @@ import pytest
 import requests
 
 from gpuwatch import sources
+from gpuwatch.records import Labels
 from gpuwatch.sources.probe import METRICS, ProbeSource
 
 STANDIN = Path(__file__).parents[1] / "standin_vllm.py"
@@ -56,7 +57,7 @@ class StandIn:
         self.url = f"http://127.0.0.1:{port_file.read_text()}"
 
     def post(self, path):
-        return requests.post(self.url + path, timeout=10)
+        return requests.post(self.url + path, timeout=50)
 
 
 @pytest.fixture
@@ -108,32 +109,32 @@ def test_an_engine_that_hangs_answers_neither_and_the_read_ends_in_time(standin,
     began = time.monotonic()
     seen = asked(probe, *BOTH)
     assert (seen["server_paused"], seen["server_canary_ok"]) == (0, 0)
-    assert 0.5 <= seen["server_canary_seconds"] < 2
-    assert time.monotonic() - began < 5
+    assert 0.5 <= seen["server_canary_seconds"] < 8
+    assert time.monotonic() - began < 15
     os.kill(standin.engine, signal.SIGCONT)
-    assert asked(probe, *BOTH)["server_canary_ok"] == 1
+    assert asked(ProbeSource("qwen", standin.url, session), *BOTH)["server_canary_ok"] == 1
 
 
 def test_the_load_is_what_the_api_holds_while_its_engine_hangs(standin, session):
     source = sources.MetricsSource("qwen", standin.url, session)
-    assert in_flight(source) == 0
+    until_in_flight(source, 0)
     os.kill(standin.engine, signal.SIGSTOP)
     clients = [threading.Thread(target=standin.post, args=("/v1/completions",)) for _ in range(3)]
     for client in clients:
         client.start()
-    end = time.monotonic() + 5
-    while in_flight(source) != 3:
-        assert time.monotonic() < end
+    until_in_flight(source, 3)
     os.kill(standin.engine, signal.SIGCONT)
     for client in clients:
         client.join()
-    assert in_flight(source) == 0
+    until_in_flight(source, 0)
 
 
-def in_flight(source):
-    (found,) = [s for s in source.read(NOW_MS) if s.labels.metric == "server_requests_in_flight"]
-    assert dict(found.labels) == {"__name__": found.labels.metric, "server": "qwen", "source": "load"}
-    return found.value
+def until_in_flight(source, count):
+    """A look that a busy host does not answer within a second tells nothing."""
+    end = time.monotonic() + 20
+    labels = Labels.of("server_requests_in_flight", server="qwen", source="load")
+    while {s.labels: s.value for s in source.read(NOW_MS)}.get(labels) != count:
+        assert time.monotonic() < end
 
 
 # -- servers of all sorts ------------------------------------------------------------------------------------
@@ -237,7 +238,7 @@ def test_a_server_that_refuses_says_nothing_and_is_left_alone_for_a_minute(odd, 
     assert odd.paths().count("/v1/completions") == 1
     assert asked(probe, "canary", now_ms=NOW_MS + 60_000) == {"server_paused": 0}
     assert odd.paths().count("/v1/completions") == 2
-    assert [record.message for record in caplog.records] == [
+    assert [record.message for record in caplog.records if "canary" in record.message] == [
         f"canary of server 'qwen': HTTP {status}"
         + ("; set api_key_file of the server" if status in {401, 403} else "")
     ]

@@ -563,6 +563,7 @@ for tick in count(start):
 """
 
 
+@pytest.mark.timeout(300)
 def test_twenty_kills_lose_and_double_nothing_that_was_acknowledged(folder):
     """While it saves, seals, deletes and opens."""
     dice = random.Random(20)
