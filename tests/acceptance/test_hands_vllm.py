@@ -98,7 +98,8 @@ class Host(Operator):
         with contextlib.suppress(FileNotFoundError):
             ours = self.processes()
             for process in ours:
-                process.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             psutil.wait_procs(ours, timeout=30)
 
 

@@ -216,7 +216,8 @@ class Story:
         with contextlib.suppress(FileNotFoundError):
             ours = self.processes()
             for process in ours:
-                process.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             psutil.wait_procs(ours, timeout=30)
 
 
